@@ -1,0 +1,31 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real checkpoints and data sets beside the checkout; the test is skipped where they are absent."""
+    if not SHARED.is_dir():
+        pytest.skip(
+            "needs the folder ../shared/data (real checkpoints and data sets), which is not beside this checkout"
+        )
+    return SHARED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_organism_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Organisms are trained once per machine and kept where the user keeps them, unless PROBE_CACHE_DIR says otherwise."""
+    folder = os.environ.setdefault("PROBE_CACHE_DIR", str(ROOT / ".cache" / "organisms"))
+    return Path(folder)
