@@ -1,7 +1,7 @@
 """Load a Hugging Face model by name or local path; its tokens, its sites, its TransformerLens bridge.
 
-The bare Hugging Face model is the truth: it is what is hooked, edited and saved. The bridge sits on a twin that shares the
-model's storage, because a bridge aliases the parameters of the model that it wraps and `save_pretrained` then fails.
+The bare Hugging Face model is the truth: it is what is hooked, edited and saved. The bridge sits on a twin that shares
+the model's storage, because a bridge aliases the parameters of the model that it wraps and `save_pretrained` then fails.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Model:
 
     @property
     def weights_hash(self) -> str:
-        """SHA-256 over names, dtypes, shapes and bytes of the weights as they are now; computed at each call."""
+        """SHA-256 over names, dtypes, shapes and bytes of the weights as they now are; computed anew each time."""
         from activations_cache.hashing import weights_hash
 
         return weights_hash(self.hf)
@@ -110,7 +110,7 @@ class Model:
 
         Args:
             texts: One text or several.
-            bos: True puts exactly one beginning-of-sequence token in front, False none; None does what the tokenizer does.
+            bos: True puts exactly one beginning-of-sequence token in front, False none, None what the tokenizer does.
             chat: Wrap each text as a user turn in the tokenizer's chat template.
             max_length: Longest sequence allowed, in tokens; default the model's context.
             overflow: `"error"`, or `"truncate"` to cut longer texts.
@@ -223,7 +223,7 @@ def load(
         trust_remote_code: Run code that comes with the checkpoint. Off unless asked for.
 
     Raises:
-        LoadError: nothing there, not a causal language model, damaged weights, or a dtype or device that does not exist.
+        LoadError: nothing there, no causal language model, damaged weights, or a dtype or device that does not exist.
     """
     from transformers import AutoModelForCausalLM
 

@@ -25,7 +25,7 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_organism_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Organisms are trained once per machine and kept where the user keeps them, unless PROBE_CACHE_DIR says otherwise."""
+def one_organism_cache() -> Path:
+    """Organisms are trained once per checkout, unless PROBE_CACHE_DIR names another folder."""
     folder = os.environ.setdefault("PROBE_CACHE_DIR", str(ROOT / ".cache" / "organisms"))
     return Path(folder)
