@@ -1,0 +1,160 @@
+"""Mixtures of experts: router logits, the chosen experts and their weights, read and written.
+
+Hugging Face keeps the router in one module, which returns `(logits, weights, indices)`, or the logits alone, for the
+tokens of the batch in one row after the other, and hands indices and weights to a module with all experts. Editing the
+returned logits changes nothing where the router has chosen already, so a replacement makes the router choose again.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from activations_cache.errors import SiteError
+from activations_cache.sites.taps import Callback, Handle, checked, first_tensor, put
+
+ARGUMENTS = {"expert_indices": 1, "expert_weights": 2}  # position in the arguments of an experts module
+
+
+class _ReplaceLogits(TorchFunctionMode):
+    """While active, the one linear map to `n_experts` outputs gives `logits` instead of its product."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+        self.used = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is nn.functional.linear and out.shape[-1] == self.logits.shape[-1]:
+            self.used += 1
+            return self.logits.reshape(out.shape).to(out.dtype)
+        return out
+
+
+def reroute(router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], logits: Tensor, name: str) -> Any:
+    """What `router` returns for these inputs when its logits are `logits`: its own top-k, softmax and scaling.
+
+    Raises:
+        SiteError: if the router does not compute its logits by one linear map.
+    """
+    with _ReplaceLogits(logits) as mode:
+        output = router.forward(*args, **kwargs)
+    if mode.used != 1:
+        raise SiteError(
+            f"{name} cannot be replaced: {type(router).__name__} computes no single linear map to its experts; "
+            "intervene on hook_expert_indices and hook_expert_weights instead"
+        )
+    return output
+
+
+class _Tokens:
+    """Remembers `(batch, pos)` of the MoE layer's input, because router and experts see one row per token."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.shape: tuple[int, int] = (0, 0)
+        self.handle = block.register_forward_pre_hook(self._remember, with_kwargs=True)
+
+    def _remember(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden, _where = first_tensor(args, kwargs)
+        self.shape = (hidden.shape[0], hidden.shape[1])
+
+    def unflatten(self, rows: Tensor) -> Tensor:
+        """`[batch * pos, n] -> [batch, pos, n]` (a view)."""
+        return rows.reshape(*self.shape, rows.shape[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class RouterTap:
+    """The router's logits, `[batch, pos, n_experts]`, before any softmax; writing them routes anew."""
+
+    name: str
+    block: nn.Module
+    router: nn.Module
+    item: int = 0
+
+    def attach(self, call: Callback) -> Sequence[Handle]:
+        tokens = _Tokens(self.block)
+
+        def hook(router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            raw: Tensor = output[self.item] if isinstance(output, tuple) else output
+            value = tokens.unflatten(raw)
+            new = checked(call, value, self.name)
+            if new is None:
+                return None
+            new = new.reshape(raw.shape)
+            return reroute(router, args, kwargs, new, self.name) if isinstance(output, tuple) else new
+
+        return [tokens.handle, self.router.register_forward_hook(hook, with_kwargs=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsTap:
+    """The chosen experts or their weights, `[batch, pos, top_k]`: the arguments of the module that holds the experts."""
+
+    name: str
+    block: nn.Module
+    experts: nn.Module
+    position: int
+
+    def attach(self, call: Callback) -> Sequence[Handle]:
+        tokens = _Tokens(self.block)
+        keyword = list(inspect.signature(self.experts.forward).parameters)[self.position]
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            where: int | str = self.position if len(args) > self.position else keyword
+            raw: Tensor = args[where] if isinstance(where, int) else kwargs[where]
+            value = tokens.unflatten(raw)
+            new = checked(call, value, self.name)
+            if new is None or new is value:
+                return None
+            return put(args, kwargs, where, new.reshape(raw.shape))
+
+        return [tokens.handle, self.experts.register_forward_pre_hook(hook, with_kwargs=True)]
+
+
+def find_experts(block: nn.Module) -> nn.Module | None:
+    """The child of an MoE layer that holds all its experts and takes `(hidden, indices, weights)`."""
+    for child in block.children():
+        stacked = any(p.ndim == 3 for p in child.parameters(recurse=False))
+        if stacked and len(inspect.signature(child.forward).parameters) >= 3:
+            return child
+    return None
+
+
+def find_router(block: nn.Module, experts: nn.Module, declared: nn.Module | None) -> nn.Module | None:
+    """The router of an MoE layer: the one TransformerLens declares, else the child with a row of weights per expert."""
+    if declared is not None:
+        return declared
+    n_experts = expert_count(experts)
+    for child in block.children():
+        weight = getattr(child, "weight", None)
+        if child is not experts and isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[0] == n_experts:
+            return child
+    return None
+
+
+def expert_count(experts: nn.Module) -> int:
+    """How many experts the stacked parameters of `experts` hold."""
+    return next(p.shape[0] for p in experts.parameters(recurse=False) if p.ndim == 3)
+
+
+def expert_width(experts: nn.Module) -> int | None:
+    """Hidden width of one expert, from its stacked W_out; None where that has another name than `down_proj`."""
+    weight = getattr(experts, "down_proj", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 3:
+        return None
+    return int(weight.shape[1] if getattr(experts, "is_transposed", False) else weight.shape[2])
+
+
+def as_int(value: Any) -> int | None:
+    """`value` as an int, None where the config has none."""
+    return int(value) if isinstance(value, int | torch.SymInt) and value > 0 else None
