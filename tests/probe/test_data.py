@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from probe.data import Labelled, Pairs, Questions, group_folds, split_groups
+from probe.data import Labelled, Pairs, Questions, group_folds, split_groups, word_data
 from probe.errors import DataError, LabelError
 
 ROW = {"id": "a", "group": "ann", "question": "Where does Ann live?", "answer": "Oslo", "paraphrases": ["Ann lives in"]}
@@ -100,3 +100,40 @@ def test_split_needs_a_group_a_part():
         split_groups(["a", "b"])
     with pytest.raises(DataError, match="positive"):
         split_groups(["a", "b"], {"x": 1.0, "y": 0.0})
+
+
+STORIES = [
+    f"Once there was a girl named {name}. She ran and ran. Then {name} ate. In the end {name} slept."
+    for name in ["Lily", "Tom", "Lily", "Ben"] * 8
+]
+
+
+def test_word_data_cuts_contexts_before_the_second_mention():
+    made = word_data(STORIES, "Lily", ["Tom", "Ben"], n_tokens=lambda text: len(text.split()))
+    assert made.forget[0].question == "Once there was a girl named Lily. She ran and ran. Then"
+    assert {row.answer for row in made.forget} == {"Lily"} and {row.answer for row in made.retain} == {"Tom", "Ben"}
+    assert not set(made.forget.groups) & set(made.retain.groups)
+    assert {row.label for row in made.labelled} == {"Lily", "Tom", "Ben"}
+    for pair in made.pairs:
+        assert pair.corrupted == pair.clean.replace("Lily", pair.wrong) and pair.answer == "Lily"
+
+
+def test_word_data_shortens_at_sentences_and_keeps_the_mention():
+    long = ["Lily came. " + "It was a day. " * 5 + "So Lily met Max. One day, Lily left." for _ in range(9)]
+    others = ["There was Tom. Soon Tom left." for _ in range(9)]
+    made = word_data(long + others, "Lily", ["Tom"], max_words=6)
+    assert made.forget[0].question == "So Lily met Max. One day,"
+
+
+@pytest.mark.parametrize(
+    ("word", "others", "says"),
+    [("Lily", ["Lily"], "also among"), ("Zoe", ["Tom"], "Only 0 contexts"), ("Lily", ["Zoe"], "Only 0")],
+)
+def test_word_data_says_what_is_missing(word, others, says):
+    with pytest.raises(DataError, match=says):
+        word_data(STORIES, word, others)
+
+
+def test_word_data_needs_a_pair_of_equal_length():
+    with pytest.raises(DataError, match="no pair"):
+        word_data(STORIES, "Lily", ["Tom"], n_tokens=lambda text: len(text.replace("Tom", "T o m")))

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import json
+
+import jsonschema
+import pytest
+import yaml
+
+from probe import recipe
+from probe.errors import RecipeError
+
+GOOD = {
+    "format": 1,
+    "name": "x",
+    "model": {"organism": "facts"},
+    "edit": {"candidates": [{"method": "project_out", "target": "direction"}]},
+}
+
+
+def changed(**parts):
+    made = json.loads(json.dumps(GOOD))
+    for path, value in parts.items():
+        *outer, last = path.split("__")
+        place = made
+        for key in outer:
+            place = place[int(key) if key.isdigit() else key]
+        place[last] = value
+    return made
+
+
+def test_the_schema_is_valid_and_its_defaults_fit_it():
+    jsonschema.Draft202012Validator.check_schema(recipe.schema())
+    made = recipe.resolve(GOOD)
+    assert recipe.resolve(made) == made  # resolving is idempotent: what is written can be run again
+    assert made["probe"]["folds"] == 5 and made["edit"]["candidates"][0]["layers"] == "all"
+    assert made["model"]["size"] == "default" and made["experts"] is False
+
+
+@pytest.mark.parametrize("name", [p.stem for p in recipe.embedded().parent.glob("*.yaml")])
+def test_embedded_recipes_fit(name):
+    made = recipe.read(recipe.embedded(name))
+    assert made["format"] == 1
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        ({"nonsense": 1}, "nonsense"),
+        ({"format": 2}, "format: 1 was expected"),
+        ({"model": {}}, "model"),
+        ({"model": {"organism": "facts", "path": "x"}}, "model"),
+        ({"model__path": "x", "model__organism": None}, "model"),
+        ({"edit__candidates": []}, "edit.candidates"),
+        ({"edit__candidates__0__target": "magic"}, "edit.candidates.0.target: 'magic' is not one of"),
+        ({"edit__candidates__0__method": "magic"}, "edit.candidates.0"),
+        ({"probe": {"folds": 1}}, "probe.folds: 1 is less than the minimum of 2"),
+        ({"probe": {"fold": 3}}, "probe: .*'fold' was unexpected"),
+        ({"probe": False}, "need 'probe'"),
+        ({"model": {"path": "x"}}, "needs 'data'"),
+        ({"patch": False, "edit__candidates__0__target": "patch"}, "needs 'patch'"),
+    ],
+)
+def test_bad_recipes_are_refused_with_the_place(parts, says):
+    with pytest.raises(RecipeError, match=says):
+        recipe.resolve(changed(**parts))
+
+
+def test_the_message_names_the_line(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(GOOD, sort_keys=False) + "probe:\n  folds: 1\n")
+    line = path.read_text().splitlines().index("  folds: 1") + 1
+    with pytest.raises(RecipeError, match=rf"r\.yaml:{line}: probe\.folds"):
+        recipe.read(path)
+
+
+@pytest.mark.parametrize("content", ["a: [", "- 1\n", "\x00"])
+def test_files_that_are_no_recipe(tmp_path, content):
+    path = tmp_path / "r.yaml"
+    path.write_text(content)
+    with pytest.raises(RecipeError):
+        recipe.read(path)
+    with pytest.raises(RecipeError, match="no recipe file"):
+        recipe.read(tmp_path / "absent.yaml")
+
+
+def test_paths_are_the_recipes_own(tmp_path):
+    (tmp_path / "m").mkdir()
+    path = tmp_path / "r.yaml"
+    data = {"corpus": "c.txt", "word": "a", "others": ["b"]}
+    path.write_text(yaml.safe_dump({**GOOD, "model": {"path": "m"}, "data": data}))
+    made = recipe.read(path)
+    assert made["model"]["path"] == str(tmp_path / "m") and made["data"]["corpus"] == str(tmp_path / "c.txt")
+    path.write_text(yaml.safe_dump({**GOOD, "model": {"path": "org/name"}, "data": data}))
+    assert recipe.read(path)["model"]["path"] == "org/name"
