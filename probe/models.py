@@ -1,7 +1,7 @@
 """Load a Hugging Face model by name or local path; its tokens, its sites, its TransformerLens bridge.
 
 The bare Hugging Face model is the truth: it is what is hooked, edited and saved. The bridge sits on a twin that shares
-the model's storage, because a bridge aliases the parameters of the model that it wraps and `save_pretrained` then fails.
+the model's storage, because a bridge aliases the parameters of the model that it wraps: that one cannot be saved.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Model:
         self.tokenizer: Any = tokenizer
         self.name = name
         self._bridge: Any = None
-        self._twin: Any = None
+        self._twin: dict[str, int] | None = None
 
     @property
     def config(self) -> Any:
@@ -352,12 +352,20 @@ def _twin(hf: Any) -> Any:
 def _boot(twin: Any, tokenizer: Any, name: str) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
+    device = next(twin.parameters()).device
+    if tokenizer is None:  # booting would look for one on the hub
+        from activations_cache.sites.adapter import build_adapter
+
+        adapter = build_adapter(twin)
+        adapter.cfg.device = str(device)
+        adapter.prepare_model(twin)
+        return TransformerBridge(twin, adapter, None)
     return TransformerBridge.boot_transformers(
         name or type(twin).__name__,
         hf_model=twin,
         tokenizer=copy.deepcopy(tokenizer),  # booting gives it a pad token
         dtype=twin.dtype,
-        device=next(twin.parameters()).device,
+        device=device,
     )
 
 
