@@ -6,7 +6,8 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -15,6 +16,9 @@ from activations_cache.sites._types import Dims, Site
 from activations_cache.sites.adapter import bare, submodule
 from activations_cache.sites.layout import Layout, enumerate_sites, fused_tap
 from activations_cache.sites.taps import Tap
+
+if TYPE_CHECKING:
+    from activations_cache.sites.writers import Components
 
 Patterns = str | Site | Iterable[str | Site]
 Layers = int | Sequence[int] | None
@@ -57,6 +61,13 @@ class Sites:
     def dims(self) -> Dims:
         """The model's sizes."""
         return self.layout.dims
+
+    @cached_property
+    def modules(self) -> tuple[Components, ...]:
+        """Per layer the names and orientations of its matrices, for editors: `components(model, layer)` of each."""
+        from activations_cache.sites.writers import components
+
+        return tuple(components(self.layout.hf, layer) for layer in range(self.dims.n_layers))
 
     def __len__(self) -> int:
         return len(self._sites)

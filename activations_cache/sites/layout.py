@@ -17,11 +17,6 @@ from activations_cache.sites.adapter import bare, build_adapter, follow, hf_path
 from activations_cache.sites.pattern import PatternTap, eager_function
 from activations_cache.sites.taps import InputTap, NormalizedTap, OutputTap, Tap, View
 
-# kind -> the hook that TransformerLens's block aliases lead from; in the order in which a layer computes them
-BLOCK_BEFORE = ("resid_pre",)
-ATTENTION = ("q", "k", "v", "z")
-MLP = ("pre", "pre_linear", "post")
-
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -133,8 +128,8 @@ class Layout:
         out = self.mlp_out(layer)
         if out is None:
             return None
-        weight = out[1].weight
-        return int(weight.shape[0] if is_conv1d(out[1]) else weight.shape[1])
+        shape = weight_of(out[1]).shape
+        return int(shape[0] if is_conv1d(out[1]) else shape[1])
 
     def experts(self, layer: int) -> nn.Module | None:
         """The module with all experts of a layer, None for a dense layer."""
@@ -171,6 +166,18 @@ class Layout:
         split = getattr(self.component("mlp"), "split_gate_up_matrix", None)
         found = self.child(0, "mlp")
         return {} if split is None or found is None else split_index(found[1], split, ("pre", "pre_linear"))
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The module's weight.
+
+    Raises:
+        ModelError: if it has none (a module that is no plain linear map or embedding).
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise ModelError(f"a module with a weight is required, received {type(module).__name__}")
+    return weight
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -231,9 +238,10 @@ def enumerate_sites(layout: Layout) -> Iterator[tuple[Site, Tap | None]]:
     d_model = layout.dims.d_model
     embed = layout.top("embed")
     if embed is not None:
-        yield Site("hook_embed", None, "embed", (d_model,), aliases=("embed.hook_out",)), OutputTap("hook_embed", embed[1])
+        site = Site("hook_embed", None, "embed", (d_model,), aliases=("embed.hook_out",))
+        yield site, OutputTap(site.name, embed[1])
     position = layout.top("pos_embed")
-    if position is not None and position[1] is not None:
+    if position is not None:
         batch_of = None if embed is None else embed[1]
         site = Site("hook_pos_embed", None, "pos_embed", (d_model,), aliases=("pos_embed.hook_out",))
         yield site, OutputTap(site.name, position[1], batch_of=batch_of)
@@ -254,6 +262,7 @@ def _block_sites(layout: Layout, layer: int) -> Iterator[tuple[Site, Tap | None]
         yield from _mlp_sites(layout, layer)
     else:
         yield from _expert_sites(layout, layer)
+        yield from _expert_out(layout, layer)
     yield from _plain(layout, layer, "mlp_out", "hook_mlp_out")
     yield from _plain(layout, layer, "resid_post", "hook_resid_post")
 
@@ -338,6 +347,13 @@ def _expert_sites(layout: Layout, layer: int) -> Iterator[tuple[Site, Tap | None
     for kind, position in moe.ARGUMENTS.items():
         site = Site(prefix + kind, layer, kind, (top_k,), integer=kind == "expert_indices")
         yield site, moe.ExpertsTap(site.name, block[1], experts, position)
+
+
+def _expert_out(layout: Layout, layer: int) -> Iterator[tuple[Site, Tap | None]]:
+    block, experts, top_k = layout.child(layer, "mlp"), layout.experts(layer), layout.top_k()
+    if block is not None and experts is not None and top_k is not None:
+        site = Site(f"blocks.{layer}.mlp.hook_expert_out", layer, "expert_out", (top_k, layout.dims.d_model))
+        yield site, moe.ExpertOutTap(site.name, block[1], experts)
 
 
 def fused_tap(layout: Layout, site: Site) -> Tap:

@@ -98,7 +98,7 @@ class RouterTap:
 
 @dataclass(frozen=True, slots=True)
 class ExpertsTap:
-    """The chosen experts or their weights, `[batch, pos, top_k]`: the arguments of the module that holds the experts."""
+    """The chosen experts or their weights, `[batch, pos, top_k]`: arguments of the module with all experts."""
 
     name: str
     block: nn.Module
@@ -114,11 +114,42 @@ class ExpertsTap:
             raw: Tensor = args[where] if isinstance(where, int) else kwargs[where]
             value = tokens.unflatten(raw)
             new = checked(call, value, self.name)
-            if new is None or new is value:
+            if new is None or (new is value and not value.requires_grad):
                 return None
             return put(args, kwargs, where, new.reshape(raw.shape))
 
         return [tokens.handle, self.experts.register_forward_pre_hook(hook, with_kwargs=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertOutTap:
+    """What each chosen expert gives for a token, before its weight: `[batch, pos, top_k, d_model]`.
+
+    The experts' module adds the weighted outputs up without ever holding them apart, so it is run once more per slot,
+    on that slot's expert with a weight of one. A replacement is weighted and added up here.
+    """
+
+    name: str
+    block: nn.Module
+    experts: nn.Module
+
+    def attach(self, call: Callback) -> Sequence[Handle]:
+        tokens = _Tokens(self.block)
+
+        def hook(experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+            bound = inspect.signature(experts.forward).bind(*args, **kwargs)
+            hidden, index, weights = list(bound.arguments.values())[:3]  # [rows, d_model], [rows, top_k] twice
+            one = torch.ones_like(weights[:, :1])
+            slots = [experts.forward(hidden, index[:, k : k + 1], one) for k in range(index.shape[1])]
+            each = torch.stack(slots, dim=1)  # [rows, top_k, d_model]
+            value = each.reshape(*tokens.shape, *each.shape[1:])
+            new = checked(call, value, self.name)
+            if new is None or (new is value and not value.requires_grad):
+                return None
+            mixed: Tensor = (new.reshape(each.shape) * weights[..., None]).sum(1)  # [rows, d_model]
+            return mixed.to(output.dtype).reshape(output.shape)
+
+        return [tokens.handle, self.experts.register_forward_hook(hook, with_kwargs=True)]
 
 
 def find_experts(block: nn.Module) -> nn.Module | None:

@@ -65,12 +65,17 @@ def use_pattern_attention(modules: Sequence[nn.Module]) -> Sequence[Handle]:
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
     configs = {id(config): config for module in modules if (config := getattr(module, "config", None)) is not None}
-    handles = []
-    for config in configs.values():
-        before = config._attn_implementation_internal
-        config._attn_implementation_internal = IMPLEMENTATION
-        handles.append(_Restore(lambda c=config, b=before: setattr(c, "_attn_implementation_internal", b)))
-    return handles
+    return [_switch(config) for config in configs.values()]
+
+
+def _switch(config: Any) -> Handle:
+    before = config._attn_implementation_internal  # the setter would also overwrite the configs below this one
+    config._attn_implementation_internal = IMPLEMENTATION
+
+    def undo() -> None:
+        config._attn_implementation_internal = before
+
+    return _Restore(undo)
 
 
 @dataclass(frozen=True, slots=True)

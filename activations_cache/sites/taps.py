@@ -82,7 +82,9 @@ class View:
             value = raw[..., index]  # [batch, pos, selected]
         if self.scale != 1.0:
             value = value * self.scale
-        return value.unflatten(-1, (-1, self.heads)) if self.heads else value  # [batch, pos, n_heads, d_head]
+        if self.heads:
+            value = value.reshape(*value.shape[:-1], -1, self.heads)  # [batch, pos, n_heads, d_head]
+        return value
 
     def write(self, raw: Tensor, new: Tensor) -> Tensor:
         """The module's tensor with the site's part replaced by `new`; `raw` itself is not changed."""
@@ -184,7 +186,7 @@ class NormalizedTap:
             raw, _ = first_tensor(args, kwargs)
             value = without_gain(module, offset).forward(raw)  # [batch, pos, d_model]
             new = checked(call, value, self.name)
-            if new is None or new is value:
+            if new is None or (new is value and not value.requires_grad):
                 return None
             return with_gain(module, offset, new).to(output.dtype)
 

@@ -7,7 +7,7 @@ checkpoint on disk keeps one matrix per expert).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from activations_cache.errors import ModelError
 from activations_cache.sites.adapter import join, submodule
 from activations_cache.sites.catalogue import sites_of
-from activations_cache.sites.layout import Layout, is_conv1d
+from activations_cache.sites.layout import Layout, is_conv1d, weight_of
 from activations_cache.sites.taps import gain_offset
 
 Component = Literal["embed", "pos_embed", "attn_out", "mlp_out", "expert_out"]
@@ -128,7 +128,7 @@ def _embeddings(layout: Layout) -> Iterator[Writer]:
         found = layout.top(component)
         if found is None:
             continue
-        weight = found[1].weight
+        weight = weight_of(found[1])
         tied = head is not None and getattr(head, "weight", None) is weight
         scale = _embed_scale(layout) if component == "embed" else 1.0
         kind: Component = "embed" if component == "embed" else "pos_embed"
@@ -143,7 +143,10 @@ def _embed_scale(layout: Layout) -> float:
     """
     from activations_cache.sites.hooks import run
 
-    weight = layout.top("embed")[1].weight  # type: ignore[index]
+    embed = layout.top("embed")
+    if embed is None:
+        return 1.0
+    weight = weight_of(embed[1])
     if weight.is_meta:
         raise ModelError("writers needs the weights: this model is on the meta device; load it first")
     ids = torch.tensor([[0], [1]], device=weight.device)
@@ -158,7 +161,7 @@ def _layer_writers(layout: Layout, layer: int) -> list[Writer]:
     parts = components(layout.hf, layer)
     if parts.W_O is None or parts.W_out is None:
         missing = "W_O" if parts.W_O is None else "W_out"
-        raise ModelError(f"layer {layer} of {type(layout.hf).__name__} has no {missing} that TransformerLens's map names")
+        raise ModelError(f"TransformerLens's map names no {missing} in layer {layer} of {type(layout.hf).__name__}")
     attn, mlp = _post_norm(layout, layer, "attn"), _post_norm(layout, layer, "mlp")
     found = [*_writer(parts.W_O, "attn_out", layer, attn)]
     kind: Component = "mlp_out" if parts.W_out.expert_axis is None else "expert_out"
@@ -198,18 +201,19 @@ def components(model: Any, layer: int) -> Components:
     layout = sites.layout
     (layer,) = sites.layer_set(layer)
     output = layout.child(layer, "attn.o")
-    found: dict[str, Weight | None] = {"W_O": None if output is None else _weight(*output)}
+    found: dict[str, Any] = {"W_O": None if output is None else _weight(*output)}
     found |= _projections(layout, layer, "attn", {"W_Q": "q", "W_K": "k", "W_V": "v"}, layout.fused_qkv)
     experts = layout.experts(layer)
     if experts is not None:
-        return Components(layer, **found, **_experts(layout, layer, experts), shared=_shared(layout, layer, experts))
+        found |= _experts(layout, layer, experts)
+        return replace(Components(layer, shared=_shared(layout, layer, experts)), **found)
     prefix = "dense_" if layout.child(layer, "mlp.dense_out") else ""
     parts = {"W_in": f"{prefix}in", "W_gate": f"{prefix}gate"}
     fused = {"gate": "pre", "in": "pre_linear"}
     index = {name: layout.fused_gate_up[kind] for name, kind in fused.items() if kind in layout.fused_gate_up}
     found |= _projections(layout, layer, "mlp", parts, index)
     out = layout.mlp_out(layer)
-    return Components(layer, **found, W_out=None if out is None else _weight(*out))
+    return replace(Components(layer, W_out=None if out is None else _weight(*out)), **found)
 
 
 def _weight(name: str, module: nn.Module, index: slice | Tensor | None = None) -> Weight:
