@@ -134,8 +134,10 @@ def answer_tokens(
     Tokenizers without character offsets (slow ones) fall back to the common prefix of the question's own tokens.
 
     Raises:
-        DataError: An answer without tokens, nothing before an answer, a row longer than the model's context.
+        DataError: No tokenizer, an answer without tokens, nothing before an answer, a row longer than the context.
     """
+    if model.tokenizer is None:
+        raise DataError("answers are read as tokens; this model has no tokenizer: pass one to probe.models.wrap")
     limit = getattr(model.hf.config.get_text_config(), "max_position_embeddings", None)
     return [_answer_tokens(model.tokenizer, question, answer, bos, chat, limit) for question, answer in pairs]
 
