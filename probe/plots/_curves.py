@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -138,7 +139,7 @@ def _curve(figure: go.Figure, rows: pd.DataFrame, name: str, colour: str) -> Non
         )
 
 
-def _hover(row: dict[str, object]) -> str:
+def _hover(row: Mapping[Any, Any]) -> str:
     parts = []
     for key in ("site", "low", "high", "auc", "selectivity", "n", "n_groups"):
         value = row.get(key)

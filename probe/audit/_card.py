@@ -1,0 +1,169 @@
+"""The report card: the table, the sentence, and everything needed to show, save and read them back."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from probe.audit._rows import COLUMNS
+from probe.audit._words import METRICS, SETS, cell, records, sentence
+from probe.errors import AuditError
+from probe.plots import before_after_bars, distance_bars
+
+FORMAT = 1
+_TEXTS = ("set", "metric", "model", "unit", "n_of", "interval", "id", "group")
+_MODELS = {"original": "original", "edited": "edited", "change": "change", "gold": "gold"}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ReportCard:
+    """What an audit returns.
+
+    Attributes:
+        table: A row per set, metric and model: `value`, its interval `low` to `high`, on how many (`n`, `n_of`,
+            `n_groups`) it rests, its `unit`, and what the interval is (`interval`). Models are `original`, `edited`,
+            `change` (edited minus original, paired), `gold 1`, ... and `gold` (mean, lowest and highest of them).
+        settings: Model, edit, sizes of the sets, seed and bootstrap.
+        not_measured: What this audit says nothing about.
+        answers: A row per set, model and question: which facts went and which stayed.
+    """
+
+    table: pd.DataFrame
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    not_measured: tuple[str, ...] = ()
+    answers: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+    def __post_init__(self) -> None:
+        missing = sorted(set(COLUMNS) - set(self.table.columns))
+        if missing or self.table.empty:
+            raise AuditError(
+                f"a report card needs a table with rows and the columns {list(COLUMNS)}; missing: {missing}"
+            )
+
+    @property
+    def sentence(self) -> str:
+        """The table in words: what changed, how gold compares, what was not measured. No verdict."""
+        return sentence(self.table, self.settings, self.not_measured)
+
+    def value(self, set: str, metric: str, model: str = "edited") -> float:
+        """One number of the table.
+
+        Raises:
+            AuditError: There is no such row.
+        """
+        rows = self.table[(self.table.set == set) & (self.table.metric == metric) & (self.table.model == model)]
+        if rows.empty:
+            raise AuditError(f"the card has no {metric!r} of {model!r} on {set!r}; it was not measured")
+        return float(rows["value"].iloc[0])
+
+    def to_df(self) -> pd.DataFrame:
+        """The table (a copy)."""
+        return self.table.copy()
+
+    def wide(self) -> pd.DataFrame:
+        """For reading: a row per set and metric, a formatted column per model with its interval."""
+        rows = []
+        for names, part in self.table.groupby(["set", "metric"], sort=False):
+            name, metric = (str(key) for key in names)
+            cells = {row["model"]: cell(row) for row in records(part)}
+            shown = {model: cells.get(key, "–") for key, model in _MODELS.items() if self._has(key)}
+            n = part[~part["model"].isin(["gold"])]["n"].max()
+            of = part.loc[~part["model"].isin(["gold"]), "n_of"]
+            size = f"{int(n)} {of.iloc[0]}" if len(of) else ""
+            rows.append({"set": SETS.get(name, name), "metric": METRICS.get(metric, metric), **shown, "n": size})
+        return pd.DataFrame(rows)
+
+    def plot(self, metrics: tuple[str, ...] = ("recall", "probability"), **settings: Any) -> Any:
+        """Bars of the original, the edited model and gold, per set (plotly)."""
+        return before_after_bars(self.table, metrics, **settings)
+
+    def plot_distance(self, metric: str = "kl_gold_model", **settings: Any) -> Any:
+        """Bars of the distance to gold between its ceiling and its floor (plotly).
+
+        Raises:
+            AuditError: No gold was given.
+        """
+        if not (self.table["metric"] == metric).any():
+            raise AuditError(f"the card has no {metric!r}: it was made without gold")
+        return distance_bars(self.table, metric, **settings)
+
+    def save(self, directory: str | Path) -> Path:
+        """Write `card.json`, `table.csv` and `answers.csv` into a directory (made if needed)."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.table.to_csv(directory / "table.csv", index=False)
+        self.answers.to_csv(directory / "answers.csv", index=False)
+        record = {
+            "format": FORMAT,
+            "sentence": self.sentence,
+            "settings": dict(self.settings),
+            "not_measured": list(self.not_measured),
+        }
+        (directory / "card.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), "utf-8")
+        return directory
+
+    @classmethod
+    def load(cls, directory: str | Path) -> ReportCard:
+        """Read what `save` wrote.
+
+        Raises:
+            AuditError: Files missing or malformed.
+        """
+        directory = Path(directory)
+        try:
+            record = json.loads((directory / "card.json").read_text("utf-8"))
+            if record["format"] != FORMAT:
+                raise AuditError(f"{directory} holds a card of format {record['format']}; this version reads {FORMAT}")
+            tables = [_read_csv(directory / name) for name in ("table.csv", "answers.csv")]
+            return cls(tables[0], record["settings"], tuple(record["not_measured"]), tables[1])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise AuditError(f"{directory} holds no report card that can be read: {error!r}") from error
+
+    def __repr__(self) -> str:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        wide = self.wide()
+        models = [name for name in wide.columns if name in _MODELS.values()]
+        table = Table("", *models, box=box.SIMPLE_HEAD, pad_edge=False)
+        for name, part in wide.groupby("set", sort=False):
+            table.add_row(f"{name} ({part['n'].iloc[0]})")
+            for row in records(part):
+                table.add_row(f"  {row['metric']}", *[row[model] for model in models])
+        console = Console(file=io.StringIO(), width=120, highlight=False, no_color=True)
+        console.print(table)
+        console.print(self.sentence, markup=False, soft_wrap=False)
+        text: str = console.file.getvalue()  # type: ignore[attr-defined]
+        return text.rstrip()
+
+    def _repr_html_(self) -> str:
+        shown: str = self.wide().to_html(index=False, border=0)
+        return f"<p>{html.escape(self.sentence)}</p>{shown}"
+
+    def _has(self, model: str) -> bool:
+        return bool((self.table["model"] == model).any())
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    """A csv with every number bit for bit as it was written, and texts such as a group named `NA` left alone."""
+    if not path.read_text("utf-8").strip():
+        return pd.DataFrame()
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    return table.apply(lambda column: column if column.name in _TEXTS else _numbers(column))
+
+
+def _numbers(column: pd.Series) -> pd.Series:
+    """Booleans, whole numbers or floats, whichever the column holds; an empty cell is NaN."""
+    if column.isin(["True", "False"]).all():
+        return column == "True"
+    if column.str.fullmatch(r"-?\d+").all():
+        return column.astype("int64")
+    return column.map(lambda text: float(text or "nan")).astype("float64")

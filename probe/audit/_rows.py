@@ -1,0 +1,200 @@
+"""From measurements to the rows of the card: ratios of sums per group, paired bootstraps, KL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from probe.audit._measure import KL_SETS, LogProbs, Measured
+
+COLUMNS = ("set", "metric", "model", "value", "low", "high", "n", "unit", "n_of", "n_groups", "interval")
+UNITS = {"recall": "share of answers exact", "probability": "probability per token", "perplexity": ""}
+_KL_CELLS = 2**24  # log-probabilities that a KL takes at a time, in float64
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A number that is a sum over groups divided by a sum over groups, such as a mean over questions.
+
+    Attributes:
+        top: Numerator per group.
+        bottom: Denominator per group: questions, or tokens.
+        function: Applied to the ratio: exp for perplexity.
+        share: Whether it is a share of yes or no answers, whose interval has no width at 0 and 1 unless made exact.
+    """
+
+    top: Float[np.ndarray, " group"]
+    bottom: Float[np.ndarray, " group"]
+    function: Callable[[Any], Any] = lambda ratio: ratio
+    share: bool = False
+
+    @property
+    def value(self) -> float:
+        return float(self.function(self.top.sum() / self.bottom.sum()))
+
+    def draws(self, n_boot: int, seed: int) -> Float[np.ndarray, " boot"]:
+        """The ratio in every bootstrap replicate: groups drawn with replacement, alike for every model."""
+        n = len(self.top)
+        weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot)  # [boot, group]
+        draws: np.ndarray = self.function((weights @ self.top) / (weights @ self.bottom))
+        return draws
+
+    def interval(self, n_boot: int, seed: int) -> tuple[float, float]:
+        """95 %; NaN with one group, exact over groups where a share is 0 or 1 in each of them."""
+        n = len(self.top)
+        if n < 2:
+            return np.nan, np.nan
+        if self.share and self.value in (0.0, 1.0):
+            width = 1 - 0.025 ** (1 / n)  # Clopper and Pearson's interval for 0 of n
+            return (0.0, width) if self.value == 0 else (1 - width, 1.0)
+        low, high = np.quantile(self.draws(n_boot, seed), [0.025, 0.975])
+        return float(low), float(high)
+
+
+def by_group(
+    values: Sequence[float] | np.ndarray, groups: Sequence[str], counts: Sequence[float] | None = None, **kind: Any
+) -> Ratio:
+    """Sum values (and counts, 1 each unless given) over the rows of each group."""
+    codes = np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
+    weights = np.ones(len(codes)) if counts is None else np.asarray(counts, dtype=float)
+    tops = np.bincount(codes, weights=np.asarray(values, dtype=float))
+    return Ratio(tops, np.bincount(codes, weights=weights), **kind)
+
+
+def answer_rows(measured: Mapping[str, Measured], n_boot: int, seed: int, people: str) -> list[dict[str, Any]]:
+    """Recall and probability, per set and model."""
+    rows = []
+    for name in measured["original"].answers:
+        for metric, attribute, share in (("recall", "exact", True), ("probability", "prob", False)):
+            ratios = {}
+            for model, one in measured.items():
+                scores = one.answers[name]
+                ratios[model] = by_group(getattr(scores, attribute), scores.groups, share=share)
+            common = {"set": name, "metric": metric, "unit": UNITS[metric], "n_of": "questions"}
+            rows += _side_by_side(ratios, common, n_boot, seed, people)
+    return rows
+
+
+def corpus_rows(measured: Mapping[str, Measured], n_boot: int, seed: int) -> list[dict[str, Any]]:
+    """Perplexity, per model; none without a corpus."""
+    if len(measured["original"].loss) == 0:
+        return []
+    ratios = {model: Ratio(one.loss, one.n_tokens.astype(float), np.exp) for model, one in measured.items()}
+    common = {"set": "corpus", "metric": "perplexity", "unit": UNITS["perplexity"], "n_of": "tokens"}
+    return _side_by_side(ratios, common, n_boot, seed, "texts")
+
+
+def distance_rows(measured: Mapping[str, Measured], n_boot: int, seed: int, people: str) -> list[dict[str, Any]]:
+    """KL to the original, and both ways between each model and gold, on forget and retain."""
+    rows = []
+    for name in KL_SETS:
+        logprobs = {model: one.logprobs[name] for model, one in measured.items()}
+        golds = [model for model in logprobs if model.startswith("gold")]
+        pairs = _Pairs(logprobs, {"set": name, "unit": "nats", "n_of": "answer tokens"}, n_boot, seed, people)
+        others = [model for model in ("original", "edited") if model in logprobs]
+        if "edited" in logprobs:
+            rows.append(pairs.row("kl_original_model", "edited", [("original", "edited")]))
+        if golds:
+            rows.append(pairs.seeds("kl_original_model", [("original", gold) for gold in golds]))
+            for model in others:
+                rows.append(pairs.row("kl_gold_model", model, [(gold, model) for gold in golds]))
+                rows.append(pairs.row("kl_model_gold", model, [(model, gold) for gold in golds]))
+        if len(golds) > 1:
+            floor = list(permutations(golds, 2))
+            rows += [pairs.seeds(metric, floor) for metric in ("kl_gold_model", "kl_model_gold")]
+    return rows
+
+
+def kl(p: Float[Tensor, "token d_vocab"], q: Float[Tensor, "token d_vocab"]) -> Float[np.ndarray, " token"]:
+    """KL(p‖q) = Σ p (log p − log q) in nats at each token, from log-probabilities; rounding below 0 is cut off."""
+    step = max(1, _KL_CELLS // p.shape[-1])
+    parts = []
+    for start in range(0, len(p), step):
+        own, other = p[start : start + step].double(), q[start : start + step].double()
+        parts.append((own.exp() * (own - other)).sum(-1).clamp_min(0))  # [step]
+    return torch.cat(parts).numpy()
+
+
+def to_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """The card's table, its columns in their order."""
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+class _Pairs:
+    """Divergences between the models of one set; each pair is computed once."""
+
+    def __init__(
+        self, logprobs: Mapping[str, LogProbs], common: dict[str, str], n_boot: int, seed: int, people: str
+    ) -> None:
+        self.logprobs, self.common, self.n_boot, self.seed, self.people = logprobs, common, n_boot, seed, people
+        self.known: dict[tuple[str, str], Float[np.ndarray, " token"]] = {}
+
+    def of(self, pair: tuple[str, str]) -> Float[np.ndarray, " token"]:
+        if pair not in self.known:
+            p, q = pair
+            self.known[pair] = kl(self.logprobs[p].values, self.logprobs[q].values)
+        return self.known[pair]
+
+    def row(self, metric: str, model: str, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+        """The mean over pairs (over golds), its interval over people."""
+        groups = next(iter(self.logprobs.values())).groups
+        ratio = by_group(np.mean([self.of(pair) for pair in pairs], axis=0), groups)
+        common = {**self.common, "metric": metric, "model": model}
+        return _bootstrapped(ratio, common, self.n_boot, self.seed, self.people)
+
+    def seeds(self, metric: str, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+        """Gold's row: the mean over pairs, and the lowest and the highest pair."""
+        values = [float(self.of(pair).mean()) for pair in pairs]
+        n_groups = len(set(next(iter(self.logprobs.values())).groups))
+        what = "pairs of golds" if pairs[0][0] != "original" else "golds"
+        return _spread(values, {**self.common, "metric": metric, "n_of": what, "n_groups": n_groups})
+
+
+def _side_by_side(
+    ratios: Mapping[str, Ratio], common: dict[str, str], n_boot: int, seed: int, people: str
+) -> list[dict[str, Any]]:
+    """Every model's row, the paired change, and gold's mean with its spread."""
+    rows = [_bootstrapped(r, {**common, "model": model}, n_boot, seed, people) for model, r in ratios.items()]
+    rows.sort(key=lambda row: (row["model"].startswith("gold"), row["model"] == "edited"))
+    if "edited" in ratios:
+        rows.append(_change(ratios["original"], ratios["edited"], common, n_boot, seed, people))
+    golds = [ratio for model, ratio in ratios.items() if model.startswith("gold")]
+    if golds:
+        what = {**common, "n_of": "golds", "n_groups": len(golds[0].top)}
+        rows.append(_spread([ratio.value for ratio in golds], what))
+    return rows
+
+
+def _bootstrapped(ratio: Ratio, common: dict[str, str], n_boot: int, seed: int, people: str) -> dict[str, Any]:
+    low, high = ratio.interval(n_boot, seed)
+    exact = ratio.share and ratio.value in (0.0, 1.0)
+    how = "none: one group" if np.isnan(low) else f"95 %, {'exact' if exact else 'bootstrap'} over {people}"
+    numbers = {"value": ratio.value, "low": low, "high": high, "n": int(ratio.bottom.sum())}
+    return {**common, **numbers, "n_groups": len(ratio.top), "interval": how}
+
+
+def _change(before: Ratio, after: Ratio, common: dict[str, str], n_boot: int, seed: int, people: str) -> dict[str, Any]:
+    """Edited minus original, with the interval of the paired difference."""
+    low = high = np.nan
+    if len(before.top) > 1:
+        draws = after.draws(n_boot, seed) - before.draws(n_boot, seed)
+        low, high = (float(end) for end in np.quantile(draws, [0.025, 0.975]))
+    how = "none: one group" if np.isnan(low) else f"95 %, paired bootstrap over {people}"
+    numbers = {"value": after.value - before.value, "low": low, "high": high, "n": int(before.bottom.sum())}
+    return {**common, **numbers, "model": "change", "n_groups": len(before.top), "interval": how}
+
+
+def _spread(values: Sequence[float], common: Mapping[str, Any]) -> dict[str, Any]:
+    """Gold: the mean over seeds, the lowest and the highest; no spread from one."""
+    ends = (min(values), max(values)) if len(values) > 1 else (np.nan, np.nan)
+    how = "lowest and highest" if len(values) > 1 else "none: one gold"
+    numbers = {"value": float(np.mean(values)), "low": ends[0], "high": ends[1], "n": len(values)}
+    return {**common, **numbers, "model": "gold", "interval": how}
