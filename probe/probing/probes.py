@@ -62,6 +62,7 @@ class MeanDifference:
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None
+        self._counts: Tensor = torch.zeros(0)
 
     def update(self, x: Float[Tensor, "n d"], y: Int[Tensor, "n label"]) -> MeanDifference:
         """Add a block of rows."""
