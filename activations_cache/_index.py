@@ -1,7 +1,7 @@
 """index.h5: the whole cache as one HDF5 file of virtual datasets, for any reader that knows HDF5 and nothing of us.
 
-The index is derived data. It names the shards by their bare file names, which HDF5 resolves beside the index, so a moved
-directory stays right; and it fills what is missing with NaN or -1, so that a lost shard never reads as zeros.
+The index is derived data. It names the shards by their bare file names, which HDF5 resolves beside the index, so a
+moved directory stays right; and it fills what is missing with NaN or -1, so that a lost shard never reads as zeros.
 """
 
 from __future__ import annotations

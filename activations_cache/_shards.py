@@ -100,7 +100,7 @@ class ShardReader:
     def read(self, site: str, start: int, out: AnyArray) -> None:
         """Fill `out` [n, *shape] with the rows from `start` on (numbered within the shard)."""
         spec = self.specs[site]
-        view = memoryview(out.reshape(-1).view(np.uint8))  # contiguous by contract
+        view: memoryview = out.reshape(-1).view(np.uint8).data  # contiguous by contract
         position = self.offsets[site] + start * spec.row_bytes
         handle = os.open(self.path, os.O_RDONLY)
         try:

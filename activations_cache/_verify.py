@@ -1,4 +1,4 @@
-"""Verification: SHA-256 of every shard, and for a shard that fails, the blocks of rows and the sequences that are hit."""
+"""Verification: SHA-256 of every shard; of a shard that fails, the blocks of rows and the sequences that are hit."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Problem:
 
     Attributes:
         file: Name of the file.
-        kind: "missing", "size" (truncated, empty or grown), "altered" (bytes differ), "foreign" (a shard of another cache
-            or another place) or "index".
+        kind: "missing", "size" (truncated, empty or grown), "altered" (bytes differ), "foreign" (a shard of another
+            cache or another place) or "index".
         detail: What was found, in words.
         sequences: Numbers of the affected sequences; empty where only derived or descriptive data is hit.
     """

@@ -22,7 +22,7 @@ from activations_cache import _index, _verify
 from activations_cache._batches import DEFAULT_BUFFER_BYTES, Batches, as_tensor
 from activations_cache._shards import ShardSet, check_size, damage
 from activations_cache.errors import CacheError, CorruptCacheError, DataError, SiteError
-from activations_cache.store import ShardEntry, SiteSpec, read_manifest, read_moments
+from activations_cache.store import TORCH_TYPES, ShardEntry, SiteSpec, read_manifest, read_moments
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class SiteView:
     @property
     def dtype(self) -> torch.dtype:
         """Torch type of the values."""
-        return as_tensor(self._shards.gather(self.spec.name, np.zeros(0, np.int64)), self.spec.dtype).dtype
+        return TORCH_TYPES[self.spec.dtype]
 
     def __len__(self) -> int:
         return self._shards.rows
@@ -120,7 +120,8 @@ def row_numbers(rows: Any, total: int) -> npt.NDArray[np.int64]:
     if index.dtype.kind not in "iu":
         raise DataError(f"rows must be integers or a boolean mask; got {index.dtype}")
     if index.min() < -total or index.max() >= total:
-        raise DataError(f"row {int(index.max() if index.max() >= total else index.min())} is out of range: {total} rows")
+        worst = int(index.max() if index.max() >= total else index.min())
+        raise DataError(f"row {worst} is out of range: there are {total} rows")
     return np.where(index < 0, index + total, index).astype(np.int64)
 
 
@@ -231,7 +232,7 @@ class Cache:
         return np.asarray(self.sequences[name][self.rows["sequence"]])
 
     def tokens(self, row: int) -> npt.NDArray[np.int32]:
-        """Token ids of the whole sequence that a stored row belongs to; the row itself is at `rows["position"][row]`."""
+        """Token ids of the whole sequence that a stored row belongs to; the row is at `rows["position"][row]` in it."""
         number = int(row_numbers(row, len(self)))
         flat, starts = self._flat_ids
         sequence = int(self.rows["sequence"][number])
@@ -310,10 +311,11 @@ class Cache:
                     merged[name].add(moments)
                 else:
                     merged[name] = moments
-        return {
-            name: SiteStatistics(m.count, torch.from_numpy(m.mean), torch.from_numpy(m.m2 / m.count), m.norm_sum / m.count)
-            for name, m in merged.items()
-        }
+        found = {}
+        for name, m in merged.items():
+            mean, var = torch.from_numpy(m.mean), torch.from_numpy(m.m2 / m.count)
+            found[name] = SiteStatistics(m.count, mean, var, m.norm_sum / m.count)
+        return found
 
     def verify(self, progress: bool = False) -> list[_verify.Problem]:
         """Hash every shard and check everything that the manifest promises; an empty list means all is well."""
@@ -326,8 +328,10 @@ class Cache:
 
     def info(self) -> str:
         """What is inside, how big, and from which model and data, as text."""
-        return "\n".join(f"{name:<11} {value}" for name, value in self._facts()) + "\n" + "\n".join(
-            f"  {name}  {dtype}  {shape}  norm {norm}" for name, dtype, shape, norm in self._site_table()
+        return (
+            "\n".join(f"{name:<11} {value}" for name, value in self._facts())
+            + "\n"
+            + "\n".join(f"  {name}  {dtype}  {shape}  norm {norm}" for name, dtype, shape, norm in self._site_table())
         )
 
     def _facts(self) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """Texts and token ids in: one reader for every way people hold their data, and one tokenizer call for all of it.
 
-`read_documents` turns a list, a file, a DataFrame or a Hugging Face dataset into `Documents`; `tokenize` turns those into
-`Tokens`, with BOS, chat template and over-long texts each handled explicitly and recorded.
+`read_documents` turns a list, a file, a DataFrame or a Hugging Face dataset into `Documents`; `tokenize` turns those
+into `Tokens`, with BOS, chat template and over-long texts each handled explicitly and recorded.
 """
 
 from __future__ import annotations

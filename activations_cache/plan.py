@@ -1,8 +1,8 @@
 """The plan of a capture: which sequences go into which shard, and which of them share a batch.
 
-Padding and batch shape change floating-point results, so a resumed capture equals an uninterrupted one only when both run
-the same batches. The plan is therefore computed once, from the lengths and the settings alone, before the first forward,
-and its fingerprint is part of the manifest.
+Padding and batch shape change floating-point results, so a resumed capture equals an uninterrupted one only when both
+run the same batches. The plan is therefore computed once, from the lengths and the settings alone, before the first
+forward, and its fingerprint is part of the manifest.
 
 Shards are consecutive runs of sequences in the order of the data. Batches never cross a shard; inside one, sequences of
 similar length share a batch, the longest first, so that memory runs out at once or not at all.

@@ -1,7 +1,7 @@
 """Writing a cache directory: storage types, shards, the manifest, the lock. `docs/cache-format.md` specifies the files.
 
-The order of a commit is what makes a cache crash-safe: a shard is written beside its final name, flushed, fsynced, renamed,
-its directory fsynced, and only then does an atomically replaced manifest name it.
+The order of a commit is what makes a cache crash-safe: a shard is written beside its final name, flushed, fsynced,
+renamed, its directory fsynced, and only then does an atomically replaced manifest name it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from typing import Any, Literal
 import h5py
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from activations_cache.documents import Column
 from activations_cache.errors import CacheLockedError, CorruptCacheError
@@ -37,7 +39,7 @@ AnyArray = npt.NDArray[Any]
 
 
 def _bfloat16_type() -> Any:
-    """bfloat16 as an HDF5 float type: 1 sign bit, 8 exponent bits, 7 mantissa bits, bias 127; h5py reads it as float32."""
+    """bfloat16 as an HDF5 float type: sign, 8 exponent bits (bias 127), 7 mantissa bits. h5py reads it as float32."""
     kind = h5py.h5t.IEEE_F32LE.copy()
     kind.set_fields(15, 7, 8, 0, 7)
     kind.set_size(2)
@@ -52,6 +54,7 @@ HDF5_TYPES: dict[str, Any] = {
     "int16": h5py.h5t.STD_I16LE,
     "int32": h5py.h5t.STD_I32LE,
 }
+TORCH_TYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in HDF5_TYPES}
 # bfloat16 has no numpy type: its bits travel as uint16
 NUMPY_TYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
@@ -231,7 +234,9 @@ def block_crcs(values: AnyArray, block_rows: int = CRC_ROWS) -> npt.NDArray[np.u
     return np.array([zlib.crc32(flat[start : start + block_rows].data) for start in blocks], dtype="<u4")
 
 
-def write_shard(directory: Path, name: str, buffer: ShardBuffer, specs: Sequence[SiteSpec], identity: str) -> ShardEntry:
+def write_shard(
+    directory: Path, name: str, buffer: ShardBuffer, specs: Sequence[SiteSpec], identity: str
+) -> ShardEntry:
     """Write a shard beside its final name, make it durable, then rename it.
 
     Args:
@@ -286,7 +291,7 @@ def _write_sequences(file: h5py.File, buffer: ShardBuffer) -> None:
         else:  # booleans as 0 and 1, so that -1 can mean missing
             kind = {"int": "<i8", "float": "<f8", "bool": "i1"}[column.kind]
             group[name] = np.asarray(column.values).astype(kind)
-    for name, dataset in group.items():
+    for dataset in group.values():
         dataset.attrs["crc32"] = np.uint32(dataset_crc(dataset))
 
 
@@ -337,11 +342,35 @@ def json_digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+NO_DIGEST = "0" * 64
+_DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
+
+
+def manifest_text(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest as it is written, a line per field and per list entry.
+
+    Its field `digest` is the SHA-256 of the whole file in which that digest's own digits are zeros.
+    """
+    fields = {"digest": NO_DIGEST, **{name: value for name, value in manifest.items() if name != "digest"}}
+    lines = ",\n".join(f"{json.dumps(name)}: {_json_lines(value)}" for name, value in fields.items())
+    text = f"{{\n{lines}\n}}\n".encode()
+    return text.replace(NO_DIGEST.encode(), hashlib.sha256(text).hexdigest().encode(), 1)
+
+
+def _json_lines(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        return "[\n " + ",\n ".join(json.dumps(entry, allow_nan=False) for entry in value) + "\n]"
+    if isinstance(value, Mapping) and value:
+        entries = (f"{json.dumps(name)}: {json.dumps(entry, allow_nan=False)}" for name, entry in value.items())
+        return "{\n " + ",\n ".join(entries) + "\n}"
+    return json.dumps(value, allow_nan=False)
+
+
 def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
     """Replace the manifest atomically and durably."""
     partial = directory / f".{MANIFEST}{PARTIAL}"
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1, allow_nan=False)
+    with partial.open("wb") as file:
+        file.write(manifest_text(manifest))
         file.flush()
         os.fsync(file.fileno())
     partial.replace(directory / MANIFEST)
@@ -360,8 +389,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     if not path.is_file():
         raise CorruptCacheError(f"{directory} is no activations cache: it has no {MANIFEST}")
+    raw = path.read_bytes()
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(raw)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CorruptCacheError(f"{path} is no JSON ({error}); the cache must be captured again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -370,6 +400,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise CorruptCacheError(
             f"{path} has format version {manifest.get('version')!r}; this package reads version {VERSION}"
         )
+    if not _digest_is_right(raw):
+        raise CorruptCacheError(f"{path} was altered after it was written (its digest is wrong); restore it")
     missing = [name for name in REQUIRED if name not in manifest]
     if missing:
         raise CorruptCacheError(f"{path} lacks {', '.join(missing)}; the cache must be captured again")
@@ -377,10 +409,18 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
+def _digest_is_right(raw: bytes) -> bool:
+    found = _DIGEST.search(raw)
+    if found is None:
+        return False
+    blank = raw[: found.start(1)] + NO_DIGEST.encode() + raw[found.end(1) :]
+    return hashlib.sha256(blank).hexdigest().encode() == found[1]
+
+
 def _check_shards(path: Path, manifest: Mapping[str, Any]) -> None:
     row = sequence = 0
     try:
-        for entry in map(lambda raw: ShardEntry(**raw), manifest["shards"]):
+        for entry in (ShardEntry(**raw) for raw in manifest["shards"]):
             if entry.first_row != row or entry.first_sequence != sequence:
                 raise CorruptCacheError(f"{path}: {entry.file} does not begin where the shard before it ends")
             if Path(entry.file).name != entry.file:

@@ -1,0 +1,350 @@
+"""A capture decided in full before anything is written: its data, sites, plan, and the manifest that it will fill.
+
+Also the comparison with what a directory already holds: the same capture (go on, or return it) or another (refuse,
+and say in which facts it differs).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import math
+import platform
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from activations_cache import hashing
+from activations_cache import sites as site_catalogue
+from activations_cache._shards import check_size, damage
+from activations_cache.documents import Column, Overflow, Tokens, read_documents, storable_columns, tokenize
+from activations_cache.errors import CacheError, CacheMismatchError, CorruptCacheError, DataError, SiteError
+from activations_cache.plan import Plan, Positions, default_shard_rows, make_plan
+from activations_cache.store import (
+    FORMAT,
+    LOCK,
+    MANIFEST,
+    PARTIAL,
+    VERSION,
+    ShardEntry,
+    SiteSpec,
+    Storage,
+    json_digest,
+    read_manifest,
+)
+
+LARGEST = {
+    "float16": 65504.0,
+    "bfloat16": float(torch.finfo(torch.bfloat16).max),
+    "float32": float(torch.finfo(torch.float32).max),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the caller of `capture` asked for, as asked; see there."""
+
+    model: Any
+    data: Any
+    sites: str | Sequence[str]
+    out: Path
+    tokenizer: Any
+    positions: Positions
+    dtype: str | torch.dtype | None
+    batch_tokens: int
+    shard_rows: int | None
+    max_length: int | None
+    bos: bool | None
+    chat: bool
+    overflow: Overflow
+    columns: Sequence[str] | None
+    text_column: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """A capture, decided.
+
+    Attributes:
+        hf: The bare model.
+        tokens: Token ids of every sequence.
+        columns: Label columns to store.
+        specs: The sites, in forward order.
+        plan: Shards and batches.
+        manifest: The manifest of the cache before its first shard.
+        out: The cache directory.
+    """
+
+    hf: Any
+    tokens: Tokens
+    columns: dict[str, Column]
+    specs: tuple[SiteSpec, ...]
+    plan: Plan
+    manifest: dict[str, Any]
+    out: Path
+
+    @property
+    def max_length(self) -> int:
+        """Tokens after which a document is cut."""
+        return int(self.manifest["settings"]["max_length"])
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return cast(torch.device, next(self.hf.parameters()).device)
+
+
+def prepare(asked: Request) -> Job:
+    """Read the data, resolve the sites, plan the batches and write down what the cache will be.
+
+    Raises:
+        DataError: Unusable data or settings.
+        SiteError: A site that is unknown or cannot be cached.
+        ModelError: A model whose sites cannot be named.
+    """
+    hf, catalogue = hashing.hf_model(asked.model), site_catalogue.Sites(asked.model)
+    tokenizer = getattr(asked.model, "tokenizer", None) if asked.tokenizer is None else asked.tokenizer
+    max_length = _max_length(asked, catalogue.dims.n_ctx)
+    documents = read_documents(asked.data, asked.text_column)
+    tokens = tokenize(tokenizer, documents, max_length, asked.bos, asked.chat, asked.overflow)
+    _check_ids(tokens, catalogue.dims.d_vocab)
+    columns = storable_columns(tokens.columns, asked.columns)
+    dtype = _storage(asked.dtype, hf)
+    specs = tuple(_spec(site, dtype, catalogue.dims.n_experts) for site in catalogue.resolve(asked.sites))
+    shard_rows = asked.shard_rows
+    if shard_rows is None:
+        shard_rows = default_shard_rows(sum(spec.row_bytes for spec in specs), asked.batch_tokens)
+    lengths = [len(row) for row in tokens.input_ids]
+    plan = make_plan(lengths, positions=asked.positions, batch_tokens=asked.batch_tokens, shard_rows=shard_rows)
+    settings = {
+        "positions": asked.positions,
+        "dtype": dtype,
+        "batch_tokens": asked.batch_tokens,
+        "shard_rows": shard_rows,
+        "max_length": max_length,
+        "bos": asked.bos,
+        "chat": asked.chat,
+        "overflow": asked.overflow,
+    }
+    manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "finished": False, "identity": ""}
+    manifest |= {"model": _model_entry(hf, asked.model), "tokenizer": _tokenizer_entry(tokenizer)}
+    manifest |= {"data": _data_entry(tokens, columns), "sites": [spec.to_json() for spec in specs]}
+    manifest |= {"settings": settings, "plan": _plan_entry(plan), "rows": 0, "statistics": {}}
+    manifest |= {"libraries": _libraries(), "machine": _machine(hf)}
+    manifest |= {"created": datetime.now(UTC).isoformat(timespec="seconds"), "shards": []}
+    manifest["identity"] = json_digest(_facts(manifest))
+    return Job(hf, tokens, columns, specs, plan, manifest, asked.out)
+
+
+def _max_length(asked: Request, n_ctx: int) -> int:
+    if asked.max_length is None:
+        return n_ctx
+    if n_ctx and asked.max_length > n_ctx:
+        raise DataError(f"max_length={asked.max_length} is more than the context of this model, {n_ctx} tokens")
+    return asked.max_length
+
+
+def _check_ids(tokens: Tokens, d_vocab: int) -> None:
+    for number, row in enumerate(tokens.input_ids):
+        if max(row) >= d_vocab:
+            raise DataError(
+                f"row {number} holds token id {max(row)}; the model's vocabulary ends at {d_vocab - 1}. "
+                "Is this another model's tokenizer?"
+            )
+
+
+def _storage(dtype: str | torch.dtype | None, hf: Any) -> Storage:
+    own = str(hf.dtype).removeprefix("torch.")
+    name = (own if own in LARGEST else "float32") if dtype is None else str(dtype).removeprefix("torch.")
+    if name not in LARGEST:
+        raise DataError(f"dtype must be one of {', '.join(LARGEST)}; got {name!r}")
+    return cast(Storage, name)
+
+
+def _spec(site: Any, dtype: Storage, n_experts: int | None) -> SiteSpec:
+    if not site.cacheable:
+        raise SiteError(f"{site.name} has no row per token and cannot be cached; read it with sites.run")
+    if site.integer:
+        dtype = "int16" if n_experts is not None and n_experts < 2**15 else "int32"
+    return SiteSpec(site.name, dtype, tuple(site.shape), tuple(site.aliases), site.kind, site.layer)
+
+
+# --- the parts of a manifest ----------------------------------------------------------------------------------------
+
+
+def _model_entry(hf: Any, model: Any) -> dict[str, Any]:
+    name = getattr(model, "name", "") or getattr(hf.config, "_name_or_path", "") or type(hf).__name__
+    return {
+        "name": str(name),
+        "class": type(hf).__name__,
+        "config_hash": hashing.config_hash(hf.config),
+        "weights_hash": hashing.weights_hash(hf),
+        "dtype": str(hf.dtype).removeprefix("torch."),
+        "attention": getattr(hf.config, "_attn_implementation", None),
+    }
+
+
+def _tokenizer_entry(tokenizer: Any) -> dict[str, Any] | None:
+    if tokenizer is None:
+        return None
+    return {"hash": hashing.tokenizer_hash(tokenizer), "name": str(getattr(tokenizer, "name_or_path", ""))}
+
+
+def _data_entry(tokens: Tokens, columns: Mapping[str, Column]) -> dict[str, Any]:
+    return {
+        "fingerprint": _ids_digest(tokens.input_ids),
+        "columns_fingerprint": json_digest({name: _exact(column.values) for name, column in columns.items()}),
+        "sequences": len(tokens),
+        "tokens": tokens.n_tokens,
+        "truncated": tokens.n_truncated,
+        "bos": tokens.bos,
+        "columns": {name: column.kind for name, column in columns.items()},
+        "columns_left_out": sorted(set(tokens.columns) - set(columns)),
+    }
+
+
+def _plan_entry(plan: Plan) -> dict[str, Any]:
+    return {
+        "fingerprint": plan.fingerprint(),
+        "rows": plan.rows,
+        "sequences": len(plan.lengths),
+        "tokens": plan.tokens,
+        "batches": plan.n_batches,
+        "shards": len(plan.shards),
+    }
+
+
+def _ids_digest(input_ids: Sequence[Sequence[int]]) -> str:
+    digest = hashlib.sha256()
+    for row in input_ids:
+        digest.update(len(row).to_bytes(8, "little") + np.asarray(row, dtype="<i4").tobytes())
+    return digest.hexdigest()
+
+
+def _exact(values: Sequence[Any]) -> list[Any]:
+    """Values as JSON can hold them, NaN included."""
+    return [repr(value) if isinstance(value, float) and not math.isfinite(value) else value for value in values]
+
+
+def _libraries() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "transformer-lens", "h5py", "numpy", "tokenizers"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def _machine(hf: Any) -> dict[str, Any]:
+    return {"device": str(hf.device), "threads": torch.get_num_threads(), "platform": platform.platform()}
+
+
+# --- what a directory already holds ---------------------------------------------------------------------------------
+
+
+def _facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What two captures must agree in to be one, each fact under the words that a mismatch is reported in."""
+    model, data = manifest["model"], manifest["data"]
+    return {
+        "model weights": model["weights_hash"],
+        "model configuration": model["config_hash"],
+        "model dtype": model["dtype"],
+        "attention implementation": model["attention"],
+        "tokenizer": manifest["tokenizer"] and manifest["tokenizer"]["hash"],
+        "token ids of the data": data["fingerprint"],
+        "label columns": [data["columns"], data["columns_fingerprint"]],
+        "sites": [[site["name"], site["dtype"], site["shape"]] for site in manifest["sites"]],
+        **{f"setting {name}": value for name, value in manifest["settings"].items()},
+        "plan of batches": manifest["plan"]["fingerprint"],
+    }
+
+
+def held_manifest(job: Job, resume: bool) -> dict[str, Any] | None:
+    """The manifest that the directory holds of this very capture; None if it holds none. Touches nothing.
+
+    A cache of another capture that has no shard yet holds nothing either, and counts as none.
+
+    Raises:
+        CacheError: The directory is not empty and holds no cache; or it holds one and `resume` is False.
+        CacheMismatchError: It holds another capture.
+        CorruptCacheError: Its manifest is malformed, or a shard is missing or truncated.
+    """
+    if not (job.out / MANIFEST).exists():
+        _check_empty(job.out)
+        return None
+    held = read_manifest(job.out)
+    if not resume:
+        raise CacheError(
+            f"{job.out} already holds a cache, and resume=False: nothing is overwritten. "
+            "Choose another directory, delete this one yourself, or pass resume=True"
+        )
+    if held["identity"] != job.manifest["identity"] and not held["shards"]:
+        return None
+    _check_same(job, held)
+    return held
+
+
+def _check_empty(out: Path) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise CacheError(f"{out} is a file; a directory for the cache is required")
+    others = sorted(path.name for path in out.iterdir() if path.name != LOCK and not path.name.endswith(PARTIAL))
+    if others:
+        shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        raise CacheError(f"{out} is not empty ({shown}) and holds no cache; choose an empty or new directory")
+
+
+def _check_same(job: Job, held: Mapping[str, Any]) -> None:
+    """Refuse another capture's directory, and damaged shards."""
+    if held["identity"] != job.manifest["identity"]:
+        raise CacheMismatchError(
+            f"{job.out} holds another capture (of {held['model']['name']}). Different: {_differences(job, held)}. "
+            "Choose another directory, or capture with the same model, data and settings"
+        )
+    for entry in (ShardEntry(**raw) for raw in held["shards"]):
+        wrong = check_size(job.out, entry)
+        if wrong:
+            raise CorruptCacheError(damage(job.out, entry, wrong))
+
+
+def _differences(job: Job, held: Mapping[str, Any]) -> str:
+    ours, theirs = _facts(job.manifest), _facts(held)
+    names = [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]
+    if len(names) > 1 and "plan of batches" in names:
+        names.remove("plan of batches")  # follows from the others
+    return "; ".join(_difference(name, theirs.get(name), ours.get(name)) for name in names) or "identity"
+
+
+def _difference(name: str, held: Any, asked: Any) -> str:
+    if name == "sites":
+        return f"sites ({_names(held)} in the cache, {_names(asked)} asked for)"
+    if name == "label columns":
+        return f"label columns ({sorted(held[0])} in the cache, {sorted(asked[0])} asked for, or their values)"
+    if isinstance(held, str) and isinstance(asked, str) and len(held) == len(asked) == 64:
+        return f"{name} ({held[:8]} in the cache, {asked[:8]} asked for)"
+    return f"{name} ({held!r} in the cache, {asked!r} asked for)"
+
+
+def _names(entries: Sequence[Sequence[Any]]) -> str:
+    shown = [f"{name} {dtype}" for name, dtype, _ in entries[:3]]
+    return ", ".join(shown) + (f" and {len(entries) - 3} more" if len(entries) > 3 else "")
+
+
+def warn_of_changes(job: Job, held: Mapping[str, Any]) -> None:
+    """Warn if an interrupted cache was begun with other library versions or on another machine."""
+    for part in ("libraries", "machine"):
+        changed = [name for name, value in job.manifest[part].items() if held.get(part, {}).get(name) != value]
+        if changed:
+            warnings.warn(
+                f"{job.out} was begun with another {', '.join(changed)}; the rows to come may differ from an "
+                "uninterrupted capture's in the last bits of their floats",
+                stacklevel=3,
+            )
