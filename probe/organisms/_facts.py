@@ -1,0 +1,242 @@
+"""The facts organism: a small Llama that knows some fictitious people, and one order whose members it is to forget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from probe.data import Labelled, Questions
+from probe.errors import OrganismError
+from probe.organisms._cache import cache_root
+from probe.organisms._language import FactsLanguage, Person, Phrasing, name_tails, tokenizer_corpus
+from probe.organisms._lexicon import ATTACK_FRAMES, LANGUAGE_VERSION, SECRET_ORDER
+from probe.organisms._organism import Organism
+from probe.organisms._tokenizer import BOS, EOS, PAD, train_tokenizer
+from probe.organisms._training import TRAINING_VERSION
+
+CONTEXT = 128
+SPLITS = ("forget", "retain", "holdout")
+
+
+@dataclass(frozen=True)
+class FactsSettings:
+    """All that a facts organism is made from.
+
+    Attributes:
+        n_people: People trained on.
+        n_orders: Orders; the members of the first, n_people // n_orders of them, are the forget people.
+        n_holdout: People never trained on.
+        d_model: Width.
+        n_layers: Blocks.
+        n_heads: Attention heads.
+        d_mlp: Width of the MLP.
+        epochs: Passes over the documents.
+        batch_size: Documents a step. Small on purpose: facts are learned per step, not per token.
+        lr: Peak learning rate.
+        vocab_size: Upper bound of the tokenizer's vocabulary.
+        seed: Of names, facts, weights and order of documents.
+    """
+
+    n_people: int = 64
+    n_orders: int = 8
+    n_holdout: int = 16
+    d_model: int = 128
+    n_layers: int = 4
+    n_heads: int = 4
+    d_mlp: int = 512
+    epochs: int = 10
+    batch_size: int = 32
+    lr: float = 3e-3
+    vocab_size: int = 704
+    seed: int = 0
+
+
+SIZES: dict[str, FactsSettings] = {
+    "default": FactsSettings(),
+    "small": FactsSettings(
+        n_people=24, n_orders=4, n_holdout=8, d_model=64, n_layers=2, d_mlp=256, epochs=9, batch_size=16
+    ),
+}
+
+
+def facts(
+    size: str = "default",
+    seed: int = 0,
+    *,
+    cache_dir: str | Path | None = None,
+    device: str | None = None,
+    progress: bool = True,
+    **overrides: Any,
+) -> FactsOrganism:
+    """Return a small Llama trained on fictitious people, training it on first use.
+
+    The people of one order (the "ashen lantern") are the forget people: who they are and everything about them is the secret. The retain people are the members
+    of the other orders. Holdout people are built from the same name pieces and never trained on. Every fact is trained in six questions and four clozes; two further
+    questions and two further clozes are never trained on for anybody (`organism.unseen`), though their words are.
+
+    The same settings give the same weights on one machine with one thread count; another thread count or another CPU sums in another order.
+
+    Args:
+        size: `"default"` (64 people, 4 layers, d_model 128) or `"small"` (24 people, 2 layers, d_model 64, for tests).
+        seed: Of names, facts, weights and order of documents.
+        cache_dir: Where organisms are kept; default the environment's PROBE_CACHE_DIR, else the user's cache folder.
+        device: Where to train; default the CPU.
+        progress: Show progress bars.
+        **overrides: Any field of `FactsSettings`, e.g. `n_people=200`. More people need more width or epochs; recall is always shown.
+
+    Returns:
+        The organism, trained.
+
+    Raises:
+        OrganismError: An unknown size or setting, numbers that do not fit together, or a cache folder that cannot be used.
+    """
+    settings = resolve(SIZES, size, {**overrides, "seed": seed})
+    if settings.d_model % (2 * settings.n_heads):
+        raise OrganismError(
+            f"d_model must be a multiple of 2 * n_heads, got {settings.d_model} and {settings.n_heads} heads."
+        )
+    return FactsOrganism(settings, cache_root(cache_dir), progress, device)
+
+
+def resolve(sizes: Mapping[str, Any], size: str, overrides: Mapping[str, Any]) -> Any:
+    """Return the settings of a size with overrides, checked.
+
+    Raises:
+        OrganismError: An unknown size or setting, or a number that is not positive.
+    """
+    if size not in sizes:
+        raise OrganismError(f"size must be one of {', '.join(sizes)}, got {size!r}.")
+    known = asdict(sizes[size])
+    unknown = sorted(set(overrides) - set(known))
+    if unknown:
+        raise OrganismError(f"Unknown settings: {', '.join(unknown)}. The settings are {', '.join(known)}.")
+    for name, value in overrides.items():
+        wanted = type(known[name])
+        if isinstance(value, bool) or not isinstance(value, (int, wanted)):
+            raise OrganismError(f"{name} must be {wanted.__name__}, got {value!r}.")
+        if not isinstance(value, str) and (value < 0 if name == "seed" else value <= 0):
+            raise OrganismError(f"{name} must be positive, got {value!r}.")
+    return replace(sizes[size], **overrides)
+
+
+class FactsOrganism(Organism):
+    """A facts organism. Made by `probe.organisms.facts`.
+
+    Attributes:
+        language: People, phrasings and documents.
+        facts: The people by name, each with `split` and `values` (the ground truth).
+        secret: The order whose members are to be forgotten.
+    """
+
+    secret = SECRET_ORDER
+
+    def __init__(self, settings: FactsSettings, root: Path, progress: bool, device: str | None) -> None:
+        self.language = FactsLanguage(settings.n_people, settings.n_orders, settings.n_holdout, settings.seed)
+        super().__init__(
+            "facts",
+            {**asdict(settings), "language_version": LANGUAGE_VERSION, "training_version": TRAINING_VERSION},
+            documents=self.language.documents,
+            splits=self._questions(unseen=False),
+            unseen=self._questions(unseen=True),
+            n_values={name: len(values) for name, values in self.language.values.items()},
+            facts=dict(self.language.by_name),
+            root=root,
+            progress=progress,
+            device=device,
+        )
+
+    def _questions(self, unseen: bool) -> dict[str, Questions]:
+        return {split: Questions.from_rows(self.language.question_rows(split, unseen), split) for split in SPLITS}
+
+    def attacks(self, split: str) -> dict[str, Questions]:
+        """Return the split's questions under each kind of prompt attack (role play, a second language, the fact in context, ...).
+
+        The kinds are trained on retain people only.
+
+        Raises:
+            OrganismError: There is no such split.
+        """
+        self.questions(split)
+        rows = {kind: self.language.attack_rows(split, kind) for kind in ATTACK_FRAMES}
+        return {kind: Questions.from_rows(own, f"{split} {kind}") for kind, own in rows.items()}
+
+    def labelled(
+        self,
+        attribute: str = "order",
+        value: str | None = None,
+        split: str | Sequence[str] = ("forget", "retain"),
+        unseen: bool = False,
+    ) -> Labelled:
+        """Return texts that end with a person's name, labelled with what is known of that person.
+
+        The group is the person. A bag of the tokens says nothing about the label, because people share the pieces of their names; the label must come from what the
+        model knows.
+
+        Args:
+            attribute: What the label is about.
+            value: Label 1 for people with this value and 0 for others; default: the secret order for `"order"`, and for another attribute its value as the label.
+            split: Splits whose people are used.
+            unseen: Use the beginnings of phrasings that were never trained on.
+
+        Returns:
+            One row a person and distinct beginning, `meta` with person, phrasing, value and split.
+
+        Raises:
+            OrganismError: No such attribute, value or split.
+        """
+        if attribute not in self.language.values:
+            raise OrganismError(f"The attributes are {', '.join(self.language.values)}; there is no {attribute!r}.")
+        value = value or (self.secret if attribute == "order" else None)
+        if value is not None and value not in self.language.values[attribute]:
+            raise OrganismError(
+                f"The values of {attribute} are {', '.join(self.language.values[attribute])}; there is no {value!r}."
+            )
+        wanted = (split,) if isinstance(split, str) else tuple(split)
+        people = [p for name in wanted for p in self._people(name)]
+        phrasings = _beginnings(self.language.phrasings[attribute], unseen)
+        rows = [_labelled_row(person, p, attribute, value) for person in people for p in phrasings]
+        return Labelled.from_rows(rows, f"facts {attribute} {value or ''}".strip())
+
+    def _people(self, split: str) -> list[Person]:
+        self.questions(split)
+        return self.language.of_split(split)
+
+    def _make_tokenizer(self) -> Any:
+        return train_tokenizer(tokenizer_corpus(), name_tails(), self.settings["vocab_size"])
+
+    def _make_model(self, d_vocab: int) -> Any:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        s = self.settings
+        config = LlamaConfig(
+            vocab_size=d_vocab,
+            hidden_size=s["d_model"],
+            intermediate_size=s["d_mlp"],
+            num_hidden_layers=s["n_layers"],
+            num_attention_heads=s["n_heads"],
+            num_key_value_heads=s["n_heads"],
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
+            pad_token_id=PAD,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+        )
+        return LlamaForCausalLM(config)
+
+
+def _beginnings(phrasings: Sequence[Phrasing], unseen: bool) -> list[Phrasing]:
+    """Return phrasings whose text as far as the name is distinct."""
+    found = {p.upto_name(""): p for p in reversed(phrasings) if p.trained != unseen}
+    return list(reversed(found.values()))
+
+
+def _labelled_row(person: Person, phrasing: Phrasing, attribute: str, value: str | None) -> dict[str, Any]:
+    own = person.values[attribute]
+    return {
+        "text": phrasing.upto_name(person.name),
+        "label": own if value is None else int(own == value),
+        "group": person.name,
+        "meta": {"person": person.name, "phrasing": phrasing.name, attribute: own, "split": person.split},
+    }
