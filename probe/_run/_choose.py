@@ -1,0 +1,137 @@
+"""Candidate edits, scored on the select split; the chosen one beside its random twins on the evaluate split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from probe._run._materials import Materials
+from probe._run._steps import Found
+from probe.errors import EditError, RecipeError, TargetError
+from probe.scoring import score_answers
+from probe.targets import Target
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The edit that the select split chose.
+
+    Attributes:
+        edit: The edit.
+        target: What it removes.
+        candidate: The recipe's candidate, with the rank that won.
+        table: Every candidate with its scores on the select split.
+        twins: The chosen edit and its random twins on the evaluate split.
+    """
+
+    edit: Any
+    target: Target
+    candidate: dict[str, Any]
+    table: pd.DataFrame
+    twins: pd.DataFrame
+
+
+def choose(recipe: Mapping[str, Any], materials: Materials, found: Found) -> Chosen:
+    """Make every candidate, measure it on the select split, take the one that forgets most among those that keep enough.
+
+    Raises:
+        RecipeError: no candidate could be made; the message gives the reasons.
+    """
+    settings = recipe["edit"]
+    options, failures = _options(settings["candidates"], materials, found)
+    if not options:
+        raise RecipeError(f"No edit candidate can be made: {'; '.join(failures)}.")
+    before = _measure(materials, None, "select")
+    records = [
+        {**_place(candidate, target), **_measure(materials, edit, "select")} for candidate, target, edit in options
+    ]
+    table = pd.DataFrame([{"candidate": "unedited", **before}, *records])
+    table["retain_drop"] = 1 - table["retain_prob"] / before["retain_prob"]
+    table["forget_drop"] = 1 - table["forget_prob"] / before["forget_prob"]
+    best = _best(table, settings["max_retain_drop"])
+    table["chosen"] = table.index == best
+    candidate, target, edit = options[best - 1]
+    twins = _twins(materials, candidate, target, edit, settings["random_twins"], recipe["seed"])
+    return Chosen(edit, target, candidate, table, twins)
+
+
+def _options(
+    candidates: list[dict[str, Any]], materials: Materials, found: Found
+) -> tuple[list[tuple[dict[str, Any], Target, Any]], list[str]]:
+    options, failures = [], []
+    for candidate in candidates:
+        for k in candidate["k"] if candidate["target"] != "direction" else [1]:
+            own = {**candidate, "k": k}
+            try:
+                target = _target(own, found)
+                options.append((own, target, _edit(own, materials, target)))
+            except (TargetError, EditError) as error:
+                failures.append(f"{candidate['target']} with k = {k}: {error}")
+    return options, failures
+
+
+def _target(candidate: Mapping[str, Any], found: Found) -> Target:
+    kind, k = candidate["target"], candidate["k"]
+    if kind == "subspace":
+        return dict(found.subspace or {})[k]
+    scores = {"direction": found.sweep, "patch": found.patch, "latents": found.latents}[kind]
+    if scores is None:
+        raise TargetError(f"nothing was located for target {kind!r}")
+    return scores.top(k)
+
+
+def _edit(candidate: Mapping[str, Any], materials: Materials, target: Target) -> Any:
+    from probe import editing
+
+    return editing.project_out(
+        materials.model,
+        target,
+        candidate["layers"],
+        components=candidate["components"],
+        strength=candidate["strength"],
+    )
+
+
+def _place(candidate: Mapping[str, Any], target: Target) -> dict[str, Any]:
+    layers = candidate["layers"] if candidate["layers"] == "all" else ",".join(map(str, candidate["layers"]))
+    name = f"{candidate['method']} {candidate['target']}"
+    return {"candidate": name, "rank": len(target), "layers": layers, "site": getattr(target, "site", "")}
+
+
+def _measure(materials: Materials, edit: Any, part: str) -> dict[str, float]:
+    """Mean probability and recall of the forget and retain questions of one part."""
+    from contextlib import nullcontext
+
+    made: dict[str, float] = {}
+    with nullcontext() if edit is None else edit.applied(materials.model):
+        for name, sets in (("forget", materials.forget), ("retain", materials.retain)):
+            scores = score_answers(materials.model, sets[part])
+            made |= {f"{name}_prob": float(np.mean(scores.prob)), f"{name}_recall": float(np.mean(scores.exact))}
+    return made
+
+
+def _best(table: pd.DataFrame, most: float) -> int:
+    """Row of the candidate that forgets most among those that keep enough; else the best difference of the two."""
+    tried = table.iloc[1:]
+    kept = tried[tried["retain_drop"] <= most]
+    if len(kept):
+        return int(kept["forget_drop"].idxmax())
+    return int((tried["forget_drop"] - tried["retain_drop"]).idxmax())
+
+
+def _twins(
+    materials: Materials, candidate: dict[str, Any], target: Target, edit: Any, n: int, seed: int
+) -> pd.DataFrame:
+    rows = [
+        {"edit": "unedited", **_measure(materials, None, "evaluate")},
+        {"edit": "located", **_measure(materials, edit, "evaluate")},
+    ]
+    for i, twin in enumerate(target.random_twins(n, seed)):
+        rows.append(
+            {"edit": f"random twin {i + 1}", **_measure(materials, _edit(candidate, materials, twin), "evaluate")}
+        )
+    return pd.DataFrame(rows)

@@ -1,0 +1,198 @@
+"""What a walk works on: the model and its question sets, split so that no group serves two purposes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from probe.data import Labelled, Pairs, Questions, split_groups, word_data
+from probe.errors import DataError, RecipeError
+from probe.models import Model, load
+
+PARTS = ("locate", "select", "evaluate")
+
+
+@dataclass(frozen=True)
+class Materials:
+    """A model with the data of one walk.
+
+    Attributes:
+        model: The model to edit.
+        forget: Part (`locate`, `select`, `evaluate`) to the questions to forget.
+        retain: The same for what must stay.
+        labelled: Texts for the probe and the SAE's latents; `positive` is the label to be found.
+        positive: Label of what is to be forgotten.
+        pairs: Patching pairs.
+        texts: Texts that the SAE is trained on.
+        fluency: Texts for perplexity, which neither located nor selected and which hold nothing to forget.
+        split_by: What a group of the three parts is.
+        noun: What a group of the questions is, in sentences ("people").
+        holdout: People or texts that the model never saw, or None.
+        unseen: The forget questions in phrasings never trained on, or None.
+        unseen_retain: The same for retain, or None.
+        gold: Gold retrains; empty where there are none.
+        facts: What is known about the model beforehand, for the report.
+    """
+
+    model: Model
+    forget: Mapping[str, Questions]
+    retain: Mapping[str, Questions]
+    labelled: Labelled
+    positive: Any
+    pairs: Pairs
+    texts: Sequence[str]
+    fluency: Sequence[str]
+    split_by: str
+    noun: str
+    holdout: Questions | None = None
+    unseen: Questions | None = None
+    unseen_retain: Questions | None = None
+    gold: Sequence[Model] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def gather(recipe: Mapping[str, Any], progress: bool = True) -> Materials:
+    """The materials that a resolved recipe names.
+
+    Raises:
+        RecipeError, DataError, LoadError: something that it names is not there or cannot be used.
+    """
+    if "organism" in recipe["model"]:
+        return _from_organism(recipe, progress)
+    settings = recipe["model"]
+    model = load(settings["path"], dtype=settings["dtype"], device=settings["device"])
+    if model.tokenizer is None:
+        raise RecipeError(
+            f"{settings['path']!r} has no tokenizer beside its weights; a recipe works on text and needs one."
+        )
+    return _from_word(recipe, model) if "word" in recipe["data"] else _from_files(recipe, model)
+
+
+def _from_organism(recipe: Mapping[str, Any], progress: bool) -> Materials:
+    from probe import organisms
+
+    settings = recipe["model"]
+    organism = organisms.facts(size=settings["size"], seed=recipe["seed"], progress=progress)
+    gold = organism.gold.train(recipe["audit"]["gold"]) if recipe["audit"]["gold"] else ()
+    forget, retain = organism.splits["forget"], organism.splits["retain"]
+    model = load(organism.path, dtype=settings["dtype"], device=settings["device"])
+    phrasings = sorted({row.meta["phrasing"] for row in forget})
+    parts = _parts_of(phrasings, recipe)
+    retained = _by(retain, parts, "phrasing")
+    return Materials(
+        model=model,
+        forget=_by(forget, parts, "phrasing"),
+        retain=retained,
+        labelled=organism.labelled(),
+        positive=True,
+        pairs=organism.pairs("forget", n=_pairs_wanted(recipe), seed=recipe["seed"]),
+        texts=list(organism.documents),
+        fluency=_joined(retained["evaluate"]),
+        split_by="phrasing",
+        noun="people",
+        holdout=organism.splits["holdout"],
+        unseen=organism.unseen("forget"),
+        unseen_retain=organism.unseen("retain"),
+        gold=list(gold),
+        facts={"organism": organism},
+    )
+
+
+def _from_word(recipe: Mapping[str, Any], model: Model) -> Materials:
+    from activations_cache import read_documents
+
+    data = recipe["data"]
+    texts = read_documents(data["corpus"]).texts
+    if not texts:
+        raise DataError(f"{data['corpus']} holds token ids, not texts; a word can only be looked for in texts.")
+    made = word_data(
+        texts,
+        data["word"],
+        data["others"],
+        max_rows=data["max_rows"],
+        max_words=data["max_words"],
+        n_tokens=lambda text: len(model.tokenizer(text)["input_ids"]),
+        seed=recipe["seed"],
+    )
+    parts = _parts_of(sorted({*made.forget.groups, *made.retain.groups}, key=_natural), recipe)
+    chosen = parts["locate"]
+    held_back = {int(group.removeprefix("text ")) for part in ("select", "evaluate") for group in parts[part]}
+    spoken_for = {int(group.removeprefix("text ")) for part in ("locate", "select") for group in parts[part]}
+    without = re.compile(rf"\b{re.escape(data['word'])}\b")
+    return Materials(
+        model=model,
+        forget=_by(made.forget, parts),
+        retain=_by(made.retain, parts),
+        labelled=made.labelled.select(lambda row: row.group in chosen),
+        positive=data["word"],
+        pairs=made.pairs.select(lambda row: row.group in chosen)[: _pairs_wanted(recipe)],
+        texts=[text for i, text in enumerate(texts) if i not in held_back],
+        fluency=[text for i, text in enumerate(texts) if i not in spoken_for and not without.search(text)][:200],
+        split_by="text",
+        noun="texts",
+        facts={"word": data["word"], "others": list(data["others"]), "corpus": data["corpus"], "texts": len(texts)},
+    )
+
+
+def _from_files(recipe: Mapping[str, Any], model: Model) -> Materials:
+    from activations_cache import read_documents
+
+    data = recipe["data"]
+    forget, retain = Questions.load(data["forget"]), Questions.load(data["retain"])
+    parts = _parts_of(sorted({*forget.groups, *retain.groups}, key=_natural), recipe)
+    labelled = Labelled.load(data["labelled"])
+    positive = data.get("positive", True)
+    if positive not in set(labelled.labels):
+        known = sorted(map(str, set(labelled.labels)))[:6]
+        raise DataError(
+            f"The label {positive!r} does not occur in {data['labelled']}; labels there: {', '.join(known)}."
+        )
+    retained = _by(retain, parts)
+    texts = read_documents(data["corpus"]).texts if "corpus" in data else None
+    return Materials(
+        model=model,
+        forget=_by(forget, parts),
+        retain=retained,
+        labelled=labelled,
+        positive=positive,
+        pairs=Pairs.load(data["pairs"])[: _pairs_wanted(recipe)],
+        texts=texts or labelled.texts,
+        fluency=texts or _joined(retained["evaluate"]),
+        split_by="group",
+        noun="groups",
+        holdout=Questions.load(data["holdout"]) if "holdout" in data else None,
+        facts={key: data[key] for key in ("forget", "retain")},
+    )
+
+
+def _pairs_wanted(recipe: Mapping[str, Any]) -> int:
+    return int(recipe["patch"]["n_pairs"]) if recipe["patch"] else 24
+
+
+def _parts_of(groups: Sequence[str], recipe: Mapping[str, Any]) -> dict[str, set[str]]:
+    parts = split_groups(groups, recipe["splits"], recipe["seed"])
+    return {name: {groups[i] for i in rows} for name, rows in parts.items()}
+
+
+def _by(questions: Questions, parts: Mapping[str, set[str]], key: str | None = None) -> dict[str, Questions]:
+    """Questions of each part: by their group, or by an entry of `meta`."""
+    made = {
+        name: questions.select(lambda row, own=own: (row.meta[key] if key else row.group) in own)
+        for name, own in parts.items()
+    }
+    for name, rows in made.items():
+        if not len(rows):
+            raise DataError(
+                f"The split leaves no {questions.name or 'question'} row to {name}; give more groups or other shares."
+            )
+    return made
+
+
+def _joined(questions: Questions) -> list[str]:
+    return [f"{row.question} {row.answer}" for row in questions]
+
+
+def _natural(text: str) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]

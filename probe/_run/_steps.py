@@ -1,0 +1,152 @@
+"""The steps of a walk that look: capture, probe sweep, patching, SAE, experts. Each returns what the report shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from probe._run._materials import Materials
+from probe.targets import Experts, Scores, Target
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the locating steps of a walk found; None where the recipe left a step out."""
+
+    sweep: Scores | None = None
+    subspace: Mapping[int, Target] | None = None
+    patch: Scores | None = None
+    latents: Scores | None = None
+    contexts: pd.DataFrame | None = None
+    sae: Any = None
+    sae_evaluation: Any = None
+    experts: ExpertsFound | None = None
+
+
+@dataclass(frozen=True)
+class ExpertsFound:
+    """Expert attribution on a small mixture, with the removal that checks it."""
+
+    organism: Any
+    domain: str
+    scores: Scores
+    target: Experts
+    removal: pd.DataFrame
+    planted: list[tuple[int, int]]
+
+
+def capture(recipe: Mapping[str, Any], materials: Materials, out: Path, progress: bool) -> Any:
+    """Activations of the labelled texts, at their last token."""
+    import activations_cache as ac
+
+    frame = pd.DataFrame(
+        {"text": materials.labelled.texts, "label": [str(x) for x in materials.labelled.labels]}
+        | {"group": materials.labelled.groups}
+    )
+    settings = recipe["capture"]
+    return ac.capture(
+        materials.model,
+        frame,
+        settings["sites"],
+        out / "cache" / "labelled",
+        positions="last",
+        dtype=settings["dtype"],
+        batch_tokens=settings["batch_tokens"],
+        progress=progress,
+    )
+
+
+def sweep(recipe: Mapping[str, Any], materials: Materials, cache: Any, progress: bool) -> Scores:
+    """One probe a layer and method, with its controls."""
+    from probe import probing
+
+    settings = recipe["probe"]
+    return probing.sweep(
+        cache,
+        "label",
+        "group",
+        methods=settings["methods"],
+        positive=str(materials.positive),
+        folds=settings["folds"],
+        seed=recipe["seed"],
+        n_boot=settings["n_boot"],
+        progress=progress,
+    )
+
+
+def subspaces(recipe: Mapping[str, Any], materials: Materials, cache: Any, site: str) -> dict[int, Target]:
+    """A contrast subspace of each rank that a candidate asks for."""
+    from probe import probing
+
+    ranks = {k for c in recipe["edit"]["candidates"] if c.get("target") == "subspace" for k in c["k"]}
+    return {
+        k: probing.subspace(cache, site, "label", str(materials.positive), "group", k=k, seed=recipe["seed"])
+        for k in sorted(ranks)
+    }
+
+
+def patch(recipe: Mapping[str, Any], materials: Materials, progress: bool) -> Scores:
+    """Exact activation patching of the pairs."""
+    from probe import patching
+
+    component = recipe["patch"]["component"]
+    return patching.patch(materials.model, materials.pairs, component=component, seed=recipe["seed"], progress=progress)
+
+
+def latents(
+    recipe: Mapping[str, Any], materials: Materials, cache: Any, site: str, out: Path, progress: bool
+) -> tuple[Any, Any, Scores, pd.DataFrame]:
+    """An SAE of one site, trained on the corpus; its latents scored by how they separate the labels."""
+    import activations_cache as ac
+    import saes
+    from probe import features
+
+    settings = recipe["sae"]
+    texts = ac.capture(
+        materials.model, list(materials.texts), [site], out / "cache" / "corpus", dtype="float32", progress=progress
+    )
+    sae = saes.train(
+        texts,
+        site,
+        architecture=settings["architecture"],
+        d_sae=settings["d_sae"],
+        k=settings["k"],
+        n_tokens=settings["n_tokens"],
+        seed=recipe["seed"],
+        out=out / "sae",
+        progress=progress,
+    )
+    scores = features.latents(cache, site, sae, "label", str(materials.positive), "group", seed=recipe["seed"])
+    top = scores.ranking()[:5]
+    shown = [
+        features.contexts(
+            texts, site, sae, int(scores.table.at[row, "latent"]), n=3, tokenizer=materials.model.tokenizer
+        )
+        for row in top
+    ]
+    return sae, saes.evaluate(sae, texts, site), scores, pd.concat(shown, ignore_index=True)
+
+
+def experts(recipe: Mapping[str, Any], progress: bool) -> ExpertsFound:
+    """Which expert of a small mixture holds a domain, and what switching it off does."""
+    from probe import experts as room
+    from probe import organisms
+
+    settings = recipe["experts"]
+    organism = organisms.experts(size=settings["size"], kind=settings["kind"], seed=recipe["seed"], progress=progress)
+    domain = settings["domain"] or organism.domains[0]
+    forget = organism.splits[domain]
+    retain = [row for name in organism.domains if name != domain for row in organism.splits[name]]
+    scores = room.attribute(
+        organism.model, [row.question for row in forget], [row.question for row in retain], seed=recipe["seed"]
+    )
+    planted = [pair for pair in organism.planted.get(domain, [])]
+    target = scores.top(max(1, len(planted)))
+    assert isinstance(target, Experts)
+    sets = {name: organism.splits[name] for name in organism.domains}
+    removal = room.removal(organism.model, target, sets, n_random=5, seed=recipe["seed"], progress=progress)
+    return ExpertsFound(organism, domain, scores, target, removal, planted)

@@ -1,0 +1,407 @@
+"""The `probe` command. Arguments are parsed before anything heavy is imported; errors are one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["main"]
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (0, 1 for a check that failed, 2 for an error, 130 for Ctrl-C)."""
+    arguments = _parser().parse_args(argv)
+    # Standard tokenizers fork-warn otherwise, and their threads fight with torch's on few cores.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        command: Command = arguments.command
+        return command(arguments)
+    except KeyboardInterrupt:
+        print("probe: stopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `probe ... | head` is no error
+        return 0
+    except Exception as error:
+        if arguments.debug or not _expected(error):
+            raise
+        print(f"probe: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _expected(error: Exception) -> bool:
+    from activations_cache.errors import ActivationsCacheError
+    from probe.errors import ProbeError
+    from saes.errors import SAEError
+
+    return isinstance(error, ProbeError | ActivationsCacheError | SAEError | OSError)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from probe import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="probe",
+        description="Find where a language model holds something, cut it out of the weights, prove it, export the model.",
+        epilog="Start with `probe demo`. Every command has --help.",
+    )
+    parser.add_argument("--version", action="version", version=f"probe {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_add_demo, _add_run, _add_capture, _add_cache, _add_sae, _add_patch):
+        add(commands)
+    for add in (_add_experts, _add_edit, _add_audit, _add_export):
+        add(commands)
+    return parser
+
+
+def _add(commands: Any, name: str, text: str, command: Command, example: str = "") -> argparse.ArgumentParser:
+    made: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=f"example: {example}" if example else None,
+    )
+    made.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+    made.set_defaults(command=command)
+    return made
+
+
+def _group(commands: Any, name: str, text: str) -> Any:
+    made = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    return made.add_subparsers(metavar="ACTION", required=True)
+
+
+def _add_demo(commands: Any) -> None:
+    made = _add(
+        commands,
+        "demo",
+        "walk the whole road on a small model with a known secret",
+        _demo,
+        "probe demo --out runs/demo",
+    )
+    made.add_argument("--out", type=Path, default=Path("runs/demo"), help="run directory (default: runs/demo)")
+    made.add_argument(
+        "--size", choices=("default", "small"), default="default", help="size of the models trained for it"
+    )
+    made.add_argument("--no-progress", action="store_true", help="no progress bars")
+
+
+def _add_run(commands: Any) -> None:
+    made = _add(commands, "run", "walk the road that a recipe describes", _run, "probe run recipe.yaml --out runs/mine")
+    made.add_argument("recipe", type=Path, help="YAML file (its schema: probe/recipe.schema.json)")
+    made.add_argument("--out", type=Path, help="run directory (default: runs/NAME-OF-THE-RECIPE)")
+    made.add_argument("--no-progress", action="store_true", help="no progress bars")
+
+
+def _add_model(parser: argparse.ArgumentParser, name: str = "model") -> None:
+    parser.add_argument(name, help="hub name or directory")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--model-dtype", help="floating-point type of the weights (default: the checkpoint's)")
+
+
+def _add_capture(commands: Any) -> None:
+    example = "probe capture gpt2 --data texts.jsonl --site 'blocks.*.hook_resid_post' --out acts/"
+    made = _add(commands, "capture", "store activations of some sites in a cache", _capture, example)
+    _add_model(made)
+    made.add_argument("--data", type=Path, required=True, help="txt, json, jsonl, csv or parquet")
+    made.add_argument("--site", action="append", required=True, help="site or pattern; may be given several times")
+    made.add_argument("--out", type=Path, required=True, help="cache directory")
+    made.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="storage type (default: the model's)")
+    made.add_argument("--positions", choices=("all", "last"), default="all")
+    made.add_argument("--batch-tokens", type=int, default=8192, metavar="N")
+    made.add_argument("--shard-rows", type=int, metavar="N")
+    made.add_argument(
+        "--max-length", type=int, metavar="N", help="longest text in tokens (default: the model's context)"
+    )
+    made.add_argument(
+        "--overflow", choices=("truncate", "error"), default="truncate", help="what to do with longer texts"
+    )
+    made.add_argument("--text-column", default="text", metavar="NAME")
+    made.add_argument(
+        "--bos", action=argparse.BooleanOptionalAction, help="beginning-of-sequence token (default: the tokenizer's)"
+    )
+    made.add_argument("--chat", action="store_true", help="wrap each text in the chat template")
+    made.add_argument("--no-resume", action="store_true", help="refuse to go on with a cache that was begun before")
+
+
+def _add_cache(commands: Any) -> None:
+    actions = _group(commands, "cache", "look into a cache, or check it")
+    for name, text, command in (
+        ("info", "show what is inside a cache", _cache_info),
+        ("verify", "check every file of a cache; exits with 1 if one is damaged", _cache_verify),
+    ):
+        _add(actions, name, text, command, f"probe cache {name} acts/").add_argument("directory", type=Path)
+
+
+def _add_sae(commands: Any) -> None:
+    actions = _group(commands, "sae", "train or evaluate a sparse autoencoder on a cache")
+    made = _add(
+        actions,
+        "train",
+        "train an SAE from a cache",
+        _sae_train,
+        "probe sae train acts/ --site blocks.3.hook_resid_post --out sae/",
+    )
+    made.add_argument("cache", type=Path)
+    made.add_argument("--site", required=True)
+    made.add_argument("--out", type=Path, required=True)
+    made.add_argument("--architecture", default="topk")
+    made.add_argument("--d-sae", type=int, required=True, metavar="N")
+    made.add_argument("--k", type=int, default=32, metavar="N")
+    made.add_argument("--tokens", type=int, metavar="N", help="rows to train on (default: one epoch)")
+    made.add_argument("--seed", type=int, default=0)
+    made = _add(
+        actions,
+        "eval",
+        "evaluate an SAE on a cache",
+        _sae_eval,
+        "probe sae eval sae/ --cache acts/ --site blocks.3.hook_resid_post",
+    )
+    made.add_argument("sae", type=Path)
+    made.add_argument("--cache", type=Path, required=True)
+    made.add_argument("--site", required=True)
+
+
+def _add_patch(commands: Any) -> None:
+    made = _add(
+        commands,
+        "patch",
+        "exact activation patching over a file of pairs",
+        _patch,
+        "probe patch gpt2 --pairs pairs.jsonl --out scores/",
+    )
+    _add_model(made)
+    made.add_argument("--pairs", type=Path, required=True, help="jsonl with clean, corrupted, answer, wrong")
+    made.add_argument(
+        "--component", default="resid_pre", help="resid_pre, resid_mid, resid_post, attn_out, mlp_out or z"
+    )
+    made.add_argument("--direction", choices=("denoise", "noise"), default="denoise")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--out", type=Path, help="directory for the scores")
+
+
+def _add_experts(commands: Any) -> None:
+    made = _add(
+        commands,
+        "experts",
+        "score experts by their routing on two sets of prompts",
+        _experts,
+        "probe experts MODEL --forget a.jsonl --retain b.jsonl --out scores/",
+    )
+    _add_model(made)
+    made.add_argument("--forget", type=Path, required=True, help="texts of what is looked for")
+    made.add_argument("--retain", type=Path, required=True, help="texts to compare with")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--out", type=Path, help="directory for the scores")
+
+
+def _add_edit(commands: Any) -> None:
+    actions = _group(commands, "edit", "show an edit, or apply it to a checkpoint")
+    made = _add(
+        actions,
+        "apply",
+        "apply an edit to its base and write the edited model",
+        _edit_apply,
+        "probe edit apply --base MODEL --edit EDIT --out edited/",
+    )
+    _add_apply(made)
+    _add(actions, "show", "show what an edit changes", _edit_show, "probe edit show EDIT").add_argument(
+        "edit", type=Path
+    )
+
+
+def _add_apply(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--base", required=True, help="hub name or directory of the base model")
+    made.add_argument("--edit", type=Path, help="directory with edit.json and edit.safetensors")
+    made.add_argument("--out", type=Path, required=True, help="directory for the edited model")
+    made.add_argument("--overwrite", action="store_true", help="replace what is there")
+    made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="floating-point type of the result")
+
+
+def _add_audit(commands: Any) -> None:
+    made = _add(
+        commands,
+        "audit",
+        "measure what an edit did",
+        _audit,
+        "probe audit --base MODEL --edit EDIT --forget forget.jsonl --retain retain.jsonl --out card/",
+    )
+    made.add_argument("--base", required=True, help="hub name or directory of the unedited model")
+    what = made.add_mutually_exclusive_group(required=True)
+    what.add_argument("--edit", type=Path, help="directory of an edit")
+    what.add_argument("--edited", help="hub name or directory of an edited model")
+    for name in ("forget", "retain", "holdout"):
+        made.add_argument(f"--{name}", type=Path, required=name != "holdout", help="jsonl of questions")
+    made.add_argument("--gold", action="append", default=[], help="a gold retrain; may be given several times")
+    made.add_argument("--corpus", type=Path, help="texts for perplexity")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--out", type=Path, help="directory for the report card")
+
+
+def _add_export(commands: Any) -> None:
+    made = _add(
+        commands,
+        "export",
+        "write a model, edited or not, as a checked Hugging Face directory",
+        _edit_apply,
+        "probe export --base MODEL --edit EDIT --out edited/",
+    )
+    _add_apply(made)
+
+
+def _demo(a: argparse.Namespace) -> int:
+    from probe import recipe
+
+    made = recipe.read(recipe.embedded("demo"))
+    if a.size == "small":
+        made["model"]["size"] = "small"
+        made["experts"] = {**made["experts"], "size": "small"} if made["experts"] else False
+    return _walk(made, a.out, a.no_progress, f"probe demo --out {a.out}")
+
+
+def _run(a: argparse.Namespace) -> int:
+    from probe import recipe
+
+    made = recipe.read(a.recipe)
+    out = a.out or Path("runs") / a.recipe.stem
+    return _walk(made, out, a.no_progress, f"probe run {a.recipe} --out {out}")
+
+
+def _walk(recipe: dict[str, Any], out: Path, no_progress: bool, command: str) -> int:
+    from probe._run import run
+
+    run(recipe, out, progress=not no_progress and sys.stderr.isatty(), command=command, quiet=False)
+    return 0
+
+
+def _load(a: argparse.Namespace) -> Any:
+    from probe.models import load
+
+    return load(a.model, dtype=a.model_dtype, device=a.device)
+
+
+def _capture(a: argparse.Namespace) -> int:
+    import activations_cache as ac
+
+    cache = ac.capture(
+        _load(a), a.data, a.site, a.out, positions=a.positions, dtype=a.dtype, batch_tokens=a.batch_tokens,
+        shard_rows=a.shard_rows, max_length=a.max_length, overflow=a.overflow, text_column=a.text_column, bos=a.bos,
+        chat=a.chat, resume=not a.no_resume,
+    )  # fmt: skip
+    print(cache.info())
+    return 0
+
+
+def _cache_info(a: argparse.Namespace) -> int:
+    import activations_cache as ac
+
+    print(ac.open(a.directory).info())
+    return 0
+
+
+def _cache_verify(a: argparse.Namespace) -> int:
+    import activations_cache as ac
+
+    problems = ac.open(a.directory).verify()
+    for problem in problems:
+        print(problem)
+    print(f"{a.directory}: {len(problems)} problems" if problems else f"{a.directory}: every byte is as it was written")
+    return 1 if problems else 0
+
+
+def _sae_train(a: argparse.Namespace) -> int:
+    import activations_cache as ac
+    import saes
+
+    cache = ac.open(a.cache)
+    sae = saes.train(
+        cache, a.site, architecture=a.architecture, d_sae=a.d_sae, k=a.k, n_tokens=a.tokens, seed=a.seed, out=a.out
+    )
+    print(saes.evaluate(sae, cache, a.site))
+    print(f"SAE: {a.out}")
+    return 0
+
+
+def _sae_eval(a: argparse.Namespace) -> int:
+    import activations_cache as ac
+    import saes
+
+    print(saes.evaluate(saes.load(a.sae), ac.open(a.cache), a.site))
+    return 0
+
+
+def _patch(a: argparse.Namespace) -> int:
+    from probe import patching
+    from probe.data import Pairs
+
+    pairs = Pairs.load(a.pairs)
+    return _tell(patching.patch(_load(a), pairs, component=a.component, direction=a.direction, seed=a.seed), a.out)
+
+
+def _experts(a: argparse.Namespace) -> int:
+    from activations_cache import read_documents
+    from probe import experts
+
+    forget, retain = (read_documents(path).texts or [] for path in (a.forget, a.retain))
+    return _tell(experts.attribute(_load(a), forget, retain, seed=a.seed), a.out)
+
+
+def _tell(scores: Any, out: Path | None) -> int:
+    print(scores)
+    if out is not None:
+        scores.save(out)
+        scores.plot().write_html(out / "plot.html", include_plotlyjs=True)
+        print(f"scores: {out}\nplot: {out / 'plot.html'}")
+    return 0
+
+
+def _edit_show(a: argparse.Namespace) -> int:
+    from probe.editing import Edit
+
+    print(Edit.load(a.edit))
+    return 0
+
+
+def _edit_apply(a: argparse.Namespace) -> int:
+    from probe._export import export
+    from probe.editing import Edit
+    from probe.models import load
+
+    edit = Edit.load(a.edit) if a.edit else None
+    print(export(load(a.base, device="cpu"), edit, a.out, overwrite=a.overwrite, dtype=a.dtype))
+    return 0
+
+
+def _audit(a: argparse.Namespace) -> int:
+    from activations_cache import read_documents
+    from probe.audit import audit
+    from probe.data import Questions
+    from probe.editing import Edit
+    from probe.models import load
+
+    card = audit(
+        load(a.base),
+        Edit.load(a.edit) if a.edit else load(a.edited),
+        Questions.load(a.forget),
+        Questions.load(a.retain),
+        Questions.load(a.holdout) if a.holdout else None,
+        gold=[load(path) for path in a.gold] or None,
+        corpus=read_documents(a.corpus).texts if a.corpus else None,
+        seed=a.seed,
+    )
+    print(card)
+    if a.out is not None:
+        card.save(a.out)
+        print(f"report card: {a.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
