@@ -125,26 +125,38 @@ def patch(
     with torch.no_grad(), eval_mode(model.hf):
         effects = _run(model.hf, pairs, own, plan, progress)
     used = _usable(effects, min_gap)
-    notes = _warnings(pairs, effects, used, min_gap)
-    cells = _Cells.of(plan, keys, labels(model, pairs, keys, chosen))
-    table, twins = _table(cells, pairs, own, effects, used, n_boot)
     settings = {
         "metric": measure.name, "component": component, "direction": direction, "align": chosen, "bos": bos,
         "n_pairs": len(pairs), "n_used": int(used.sum()), "n_random": n_random, "min_gap": min_gap, "seed": seed,
-        "n_boot": n_boot, "batch_size": batch_size, "warnings": notes,
-        **({"n_heads": heads} if heads else {}),
+        "n_boot": n_boot, "batch_size": batch_size, "warnings": _warnings(pairs, effects, used, min_gap),
     }  # fmt: skip
+    cells = _Cells(plan, tuple(keys), tuple(labels(model, pairs, keys, chosen)))
+    return _scores(cells, pairs, own, effects, used, settings, model.weights_hash)
+
+
+def _scores(
+    cells: _Cells,
+    pairs: Sequence[Tokenised],
+    own: Sequence[Sequence[Slot]],
+    effects: Sequence[Effects],
+    used: Bool[np.ndarray, " pair"],
+    settings: dict[str, Any],
+    model_hash: str,
+) -> Scores:
+    """The result of the runs: the table, the twins, the pairs as a control, the directions."""
+    plan = cells.plan
+    table, twins = _table(cells, pairs, own, effects, used, settings["n_boot"])
     return Scores(
-        method=f"activation patching ({direction}, {component})",
-        kind="head" if heads else "position",
+        method=f"activation patching ({settings['direction']}, {settings['component']})",
+        kind="head" if plan.heads else "position",
         table=table,
-        score_name=f"share of {measure.name} {'restored' if plan.denoise else 'lost'}",
+        score_name=f"share of {plan.metric.name} {'restored' if plan.denoise else 'lost'}",
         twins=twins,
         twins_note="a random vector of the same norm as the difference of the two runs, added to the base run",
-        controls={"pairs": _pair_table(pairs, effects, used, measure.unit)},
-        settings=settings,
-        model_hash=model.weights_hash,
-        vectors={} if heads else _vectors(cells, own, effects, used),
+        controls={"pairs": _pair_table(pairs, effects, used, plan.metric.unit)},
+        settings=settings | ({"n_heads": plan.heads} if plan.heads else {}),
+        model_hash=model_hash,
+        vectors={} if plan.heads else _vectors(cells, own, effects, used),
     )
 
 
@@ -247,10 +259,6 @@ class _Cells:
     keys: tuple[int | str, ...]
     tokens: tuple[str, ...]
 
-    @classmethod
-    def of(cls, plan: Plan, keys: Sequence[int | str], tokens: Sequence[str]) -> _Cells:
-        return cls(plan, tuple(keys), tuple(tokens))
-
     @property
     def shape(self) -> tuple[int, int, int]:
         return len(self.plan.sites), len(self.keys), max(self.plan.heads, 1)
@@ -280,7 +288,7 @@ def _table(
     n_boot: int,
 ) -> tuple[pd.DataFrame, Float[np.ndarray, "draw cell"] | None]:
     """The table of the scores, and the score of every random twin."""
-    keep = np.flatnonzero(used)
+    keep = np.flatnonzero(used).tolist()
     raw = np.stack([cells.spread(own[i], effects[i].raw) for i in keep])  # [pair, variant, cell]
     ends = np.array([(effects[i].corrupted, effects[i].clean) for i in keep])[..., None, None]  # [pair, 2, 1, 1]
     normalised = (raw - ends[:, 0]) / (ends[:, 1] - ends[:, 0])
@@ -331,7 +339,7 @@ def _vectors(
     """Per row the mean difference clean - corrupted, scaled to unit norm; none where it is zero."""
     n_layers, n_keys, _ = cells.shape
     total = torch.zeros(n_layers, n_keys, *effects[0].difference.shape[2:])  # [layer, key, d_model]
-    for i in np.flatnonzero(used):
+    for i in np.flatnonzero(used).tolist():
         columns = [cells.keys.index(slot.key) for slot in own[i]]
         total[:, columns] += effects[i].difference
     flat = total.flatten(0, 1)  # [row, d_model]
