@@ -6,9 +6,11 @@ moved directory stays right; and it fills what is missing with NaN or -1, so tha
 
 from __future__ import annotations
 
+import filecmp
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import h5py
@@ -28,6 +30,9 @@ from activations_cache.store import (
 COLUMN_TYPES = {"int": h5py.h5t.STD_I64LE, "float": h5py.h5t.IEEE_F64LE, "bool": h5py.h5t.STD_I8LE}
 
 
+WRITER = f"h5py {h5py.version.version}, HDF5 {h5py.version.hdf5_version}"
+
+
 def index_digest(manifest: Mapping[str, Any]) -> str:
     """What an index is an index of: identity, sites, columns and the committed shards."""
     return json_digest([manifest["identity"], manifest["sites"], manifest["data"]["columns"], manifest["shards"]])
@@ -44,6 +49,23 @@ def index_is_current(directory: Path, manifest: Mapping[str, Any]) -> bool:
         return False
 
 
+def index_damage(directory: Path, manifest: Mapping[str, Any]) -> str | None:
+    """Say what is wrong with index.h5, or None. One of our own libraries' making must have the bytes of a fresh one."""
+    if not (directory / INDEX).is_file():
+        return "is missing; opening the cache writes it again"
+    if not index_is_current(directory, manifest):
+        return "is not the manifest's; opening the cache replaces it"
+    with h5py.File(directory / INDEX, "r") as file:
+        foreign = file.attrs.get("writer") != WRITER
+    if foreign:
+        return None
+    with TemporaryDirectory() as folder:
+        fresh = Path(folder) / INDEX
+        _write(fresh, directory, manifest)
+        same = filecmp.cmp(fresh, directory / INDEX, shallow=False)
+    return None if same else "has altered bytes; delete it, and opening the cache writes it again"
+
+
 def write_index(directory: Path, manifest: Mapping[str, Any]) -> None:
     """Write index.h5 beside its name and rename it. Shards that cannot be opened keep their place, as fill values.
 
@@ -52,17 +74,21 @@ def write_index(directory: Path, manifest: Mapping[str, Any]) -> None:
     """
     partial = directory / f".{INDEX}.{os.getpid()}{PARTIAL}"
     try:
-        with h5py.File(partial, "w") as file:
-            file.attrs.update({"format": FORMAT, "version": VERSION, "identity": manifest["identity"]})
-            file.attrs.update({"manifest": index_digest(manifest), "finished": manifest["finished"]})
-            file.attrs.update({"rows": manifest["rows"], "sequences": _sequences(manifest)})
-            _write_rows(file, manifest)
-            _write_sequences(file, directory, manifest)
+        _write(partial, directory, manifest)
         fsync(partial)
         partial.replace(directory / INDEX)
         fsync(directory)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _write(path: Path, directory: Path, manifest: Mapping[str, Any]) -> None:
+    with h5py.File(path, "w") as file:
+        file.attrs.update({"format": FORMAT, "version": VERSION, "identity": manifest["identity"]})
+        file.attrs.update({"manifest": index_digest(manifest), "finished": manifest["finished"]})
+        file.attrs.update({"rows": manifest["rows"], "sequences": _sequences(manifest), "writer": WRITER})
+        _write_rows(file, manifest)
+        _write_sequences(file, directory, manifest)
 
 
 def _sequences(manifest: Mapping[str, Any]) -> int:

@@ -75,8 +75,9 @@ def verify(directory: str | Path, progress: bool = False) -> list[Problem]:
         problem = _verify_shard(directory, ShardEntry(**raw), specs, manifest["identity"])
         if problem is not None:
             problems.append(problem)
-    if not _index.index_is_current(directory, manifest):
-        problems.append(Problem(INDEX, "index", "is missing or not the manifest's; opening the cache rebuilds it"))
+    wrong = _index.index_damage(directory, manifest)
+    if wrong is not None:
+        problems.append(Problem(INDEX, "index", wrong))
     return problems
 
 

@@ -41,3 +41,7 @@ class UnfinishedCacheError(CacheError):
 
 class CacheLockedError(CacheError):
     """Another process is writing to the directory."""
+
+
+class ConformanceError(CacheError):
+    """A cache directory breaks a requirement of the format."""
