@@ -239,6 +239,18 @@ def resolve_sites(cache: Any, sites: str | Sequence[str] | None) -> list[str]:
     return [name for name in known if name in found]
 
 
+def one_site(cache: Any, site: str) -> list[str]:
+    """The one site that a name or pattern fits.
+
+    Raises:
+        SiteError: none fits, or several do.
+    """
+    names = resolve_sites(cache, site)
+    if len(names) != 1:
+        raise SiteError(f"One site is needed; {site!r} fits {len(names)}: {', '.join(names[:5])}.")
+    return names
+
+
 def layer_of(site: str) -> int | None:
     """The layer in a site's name, if there is one."""
     match = re.match(r"blocks\.(\d+)\.", site)

@@ -89,7 +89,7 @@ def subspace(
         SiteError: the cache does not have the site.
         DataError: a rank or shrinkage out of range, or activations that do not vary.
     """
-    (name,) = _one(_rows.resolve_sites(cache, site))
+    (name,) = _rows.one_site(cache, site)
     model_hash = _rows.model_hash(cache, model)
     if group is None:
         raise LabelError("subspace needs group=: it looks for what tells the groups of the positive class apart.")
@@ -112,12 +112,6 @@ def subspace(
         "random": _random(held, members, rest, k, n_random, seed),
     }
     return Subspace(name, torch.from_numpy(basis), model_hash=model_hash, evidence=evidence)
-
-
-def _one(names: list[str]) -> list[str]:
-    if len(names) != 1:
-        raise DataError(f"subspace works on one site; the pattern fits {len(names)}: {', '.join(names[:5])}.")
-    return names
 
 
 def _check(held: ndarray, rest: ndarray, members: ndarray, k: int, shrinkage: float) -> None:
