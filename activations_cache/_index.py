@@ -137,6 +137,7 @@ def _virtual(
     total = sum(rows for _, rows in parts)
     space = h5py.h5s.create_simple((total, *shape))
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_obj_track_times(False)  # the same cache gives the same bytes
     properties.set_fill_value(np.asarray(fill))
     start = 0
     for source, rows in parts:

@@ -275,7 +275,9 @@ def _write_raw(file: h5py.File, name: str, values: AnyArray, kind: Any) -> None:
     """Write the bits of `values` as a contiguous dataset of the given HDF5 type."""
     group = file.require_group(name.rpartition("/")[0])
     space = h5py.h5s.create_simple(values.shape)
-    dataset = h5py.h5d.create(group.id, name.rpartition("/")[2].encode(), kind, space)
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_obj_track_times(False)  # the same content gives the same bytes, whenever it is written
+    dataset = h5py.h5d.create(group.id, name.rpartition("/")[2].encode(), kind, space, properties)
     dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, np.ascontiguousarray(values), mtype=kind)
 
 
