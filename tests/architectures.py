@@ -29,9 +29,9 @@ LISTED = (
     "gpt_oss",
 )
 # architectures that the package has no code for: they come through TransformerLens's map alone
-FREE = ("qwen2_moe", "olmo2", "phi3", "stablelm", "granite", "qwen3_moe_mixed")
+FREE = ("qwen2_moe", "olmo2", "phi3", "stablelm", "granite", "opt", "phi", "deepseek_v3", "qwen3_moe_mixed")
 ARCHITECTURES = LISTED + FREE
-MOE = ("mixtral", "olmoe", "qwen3_moe", "gpt_oss", "qwen2_moe")
+MOE = ("mixtral", "olmoe", "qwen3_moe", "gpt_oss", "qwen2_moe", "deepseek_v3")
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 96,
@@ -92,6 +92,25 @@ _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("Olmo2", {}),
     "phi3": ("Phi3", {}),
     "stablelm": ("StableLm", {"num_key_value_heads": 2}),
+    "opt": ("OPT", {"num_key_value_heads": None, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}),
+    "phi": ("Phi", {"num_key_value_heads": None}),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "n_group": 1,
+            "topk_group": 1,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 12,
+            "first_k_dense_replace": 1,
+        },
+    ),
     "granite": ("Granite", {"residual_multiplier": 0.5, "embedding_multiplier": 3.0, "logits_scaling": 2.0}),
 }
 

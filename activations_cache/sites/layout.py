@@ -267,10 +267,14 @@ def _block_sites(layout: Layout, layer: int) -> Iterator[tuple[Site, Tap | None]
     yield from _plain(layout, layer, "resid_post", "hook_resid_post")
 
 
-def _tap(name: str, place: Place, view: View = View(), in_place: bool = False) -> Tap:  # noqa: B008 (frozen)
+FLAT = frozenset({"resid_mid", "pre", "pre_linear", "post", "mlp_out"})  # may be computed with one row per token
+
+
+def _tap(layout: Layout, site: Site, place: Place, view: View = View()) -> Tap:  # noqa: B008 (frozen)
+    block = layout.layers[site.layer] if site.layer is not None and site.kind in FLAT else None
     if place.side == "hook_in":
-        return InputTap(name, place.module, view, in_place)
-    return OutputTap(name, place.module, view)
+        return InputTap(site.name, place.module, view, site.kind == "resid_mid", block)
+    return OutputTap(site.name, place.module, view, block=block)
 
 
 def _plain(layout: Layout, layer: int, kind: str, hook: str) -> Iterator[tuple[Site, Tap | None]]:
@@ -287,7 +291,7 @@ def _plain(layout: Layout, layer: int, kind: str, hook: str) -> Iterator[tuple[S
     name = f"blocks.{layer}.{hook}"
     aliases = (f"blocks.{layer}." + join(place.path, place.side),) if scale == 1.0 else ()
     site = Site(name, layer, kind, (layout.dims.d_model,), aliases=aliases)
-    yield site, _tap(name, place, View(scale=scale), in_place=kind == "resid_mid")
+    yield site, _tap(layout, site, place, View(scale=scale))
 
 
 def _attention_sites(layout: Layout, layer: int) -> Iterator[tuple[Site, Tap | None]]:
@@ -305,12 +309,20 @@ def _attention_sites(layout: Layout, layer: int) -> Iterator[tuple[Site, Tap | N
                 yield site, PatternTap(name, attention[1], layout.hf)
             continue
         place = layout.place(layer, f"attn.hook_{kind}")
+        shape = (heads[kind], dims.d_head) if place is None else _head_shape(place, heads[kind], dims.d_head)
         aliases = (f"blocks.{layer}.attn.{kind}.hook_out",) if kind != "z" else (f"blocks.{layer}.attn.o.hook_in",)
-        site = Site(name, layer, kind, (heads[kind], dims.d_head), aliases=aliases)
+        site = Site(name, layer, kind, shape, aliases=aliases)
         if place is not None:
-            yield site, _tap(name, place, View(heads=dims.d_head))
+            yield site, _tap(layout, site, place, View(heads=shape[1]))
         elif fused and kind != "z":
             yield site, None
+
+
+def _head_shape(place: Place, n_heads: int, d_head: int) -> tuple[int, int]:
+    """`(heads, width)` of q, k, v or z, from the projection itself: values may be wider than keys (DeepSeek)."""
+    shape = weight_of(place.module).shape
+    n_in, n_out = shape if is_conv1d(place.module) else (shape[1], shape[0])
+    return (n_heads, n_in // n_heads) if place.side == "hook_in" else (n_out // d_head, d_head)
 
 
 def _mlp_sites(layout: Layout, layer: int) -> Iterator[tuple[Site, Tap | None]]:
@@ -326,7 +338,8 @@ def _mlp_sites(layout: Layout, layer: int) -> Iterator[tuple[Site, Tap | None]]:
         place = layout.place(layer, hooks[kind] if dense else f"mlp.hook_{kind}")
         if place is not None and place.path != "mlp":
             aliases = (f"blocks.{layer}." + join(place.path, place.side),)
-            yield Site(name, layer, kind, (width,), aliases=aliases), _tap(name, place)
+            site = Site(name, layer, kind, (width,), aliases=aliases)
+            yield site, _tap(layout, site, place)
         elif fused and kind != "post":
             yield Site(name, layer, kind, (width,)), None
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from activations_cache.errors import SiteError
-from activations_cache.sites.taps import Callback, Handle, checked, first_tensor, put
+from activations_cache.sites.taps import Callback, Handle, Tokens, checked, put
 
 ARGUMENTS = {"expert_indices": 1, "expert_weights": 2}  # position in the arguments of an experts module
 
@@ -56,22 +56,6 @@ def reroute(router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], lo
     return output
 
 
-class _Tokens:
-    """Remembers `(batch, pos)` of the MoE layer's input, because router and experts see one row per token."""
-
-    def __init__(self, block: nn.Module) -> None:
-        self.shape: tuple[int, int] = (0, 0)
-        self.handle = block.register_forward_pre_hook(self._remember, with_kwargs=True)
-
-    def _remember(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden, _where = first_tensor(args, kwargs)
-        self.shape = (hidden.shape[0], hidden.shape[1])
-
-    def unflatten(self, rows: Tensor) -> Tensor:
-        """`[batch * pos, n] -> [batch, pos, n]` (a view)."""
-        return rows.reshape(*self.shape, rows.shape[-1])
-
-
 @dataclass(frozen=True, slots=True)
 class RouterTap:
     """The router's logits, `[batch, pos, n_experts]`, before any softmax; writing them routes anew."""
@@ -82,7 +66,7 @@ class RouterTap:
     item: int = 0
 
     def attach(self, call: Callback) -> Sequence[Handle]:
-        tokens = _Tokens(self.block)
+        tokens = Tokens(self.block)
 
         def hook(router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             raw: Tensor = output[self.item] if isinstance(output, tuple) else output
@@ -106,7 +90,7 @@ class ExpertsTap:
     position: int
 
     def attach(self, call: Callback) -> Sequence[Handle]:
-        tokens = _Tokens(self.block)
+        tokens = Tokens(self.block)
         keyword = list(inspect.signature(self.experts.forward).parameters)[self.position]
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -134,7 +118,7 @@ class ExpertOutTap:
     experts: nn.Module
 
     def attach(self, call: Callback) -> Sequence[Handle]:
-        tokens = _Tokens(self.block)
+        tokens = Tokens(self.block)
 
         def hook(experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             bound = inspect.signature(experts.forward).bind(*args, **kwargs)

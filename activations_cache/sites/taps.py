@@ -60,6 +60,22 @@ def put(args: tuple[Any, ...], kwargs: dict[str, Any], where: int | str, new: Te
     return args, {**kwargs, where: new}
 
 
+class Tokens:
+    """Remembers `(batch, pos)` of a module's input, for what is computed below it with one row per token."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.shape: tuple[int, int] = (0, 0)
+        self.handle = module.register_forward_pre_hook(self._remember, with_kwargs=True)
+
+    def _remember(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden, _where = first_tensor(args, kwargs)
+        self.shape = (hidden.shape[0], hidden.shape[1])
+
+    def unflatten(self, rows: Tensor) -> Tensor:
+        """`[batch * pos, n] -> [batch, pos, n]`, a view; anything else is left as it is."""
+        return rows.reshape(*self.shape, rows.shape[-1]) if rows.ndim == 2 else rows
+
+
 @dataclass(frozen=True, slots=True)
 class View:
     """From a module's tensor `[batch, pos, features]` to a site's value, and back.
@@ -106,26 +122,37 @@ class InputTap:
 
     `in_place` also changes the tensor for everyone else who holds it: the residual stream between attention and MLP is
     the input of a norm *and* the skip connection around it, and the model keeps one tensor for both.
+    `block` is the block around a module that may see one row per token (the MLP of OPT).
     """
 
     name: str
     module: nn.Module
     view: View = View()
     in_place: bool = False
+    block: nn.Module | None = None
 
     def attach(self, call: Callback) -> Sequence[Handle]:
+        tokens = None if self.block is None else Tokens(self.block)
+
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             raw, where = first_tensor(args, kwargs)
-            value = self.view.read(raw)
+            whole = raw if tokens is None else tokens.unflatten(raw)
+            value = self.view.read(whole)
+            if self.in_place and value is not raw and value.requires_grad:
+                value = value.clone()  # a view of what is about to be overwritten would leave the graph with it
             new = checked(call, value, self.name)
             if new is None or (new is value and value is raw):
                 return None
+            new = self.view.write(whole, new).reshape(raw.shape)
             if self.in_place:
                 overwrite(raw, new)
                 return None
-            return put(args, kwargs, where, self.view.write(raw, new))
+            return put(args, kwargs, where, new)
 
-        return [self.module.register_forward_pre_hook(hook, with_kwargs=True)]
+        return [*([] if tokens is None else [tokens.handle]), self._register(hook)]
+
+    def _register(self, hook: Callable[..., Any]) -> Handle:
+        return self.module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def overwrite(raw: Tensor, new: Tensor) -> None:
@@ -139,7 +166,8 @@ def overwrite(raw: Tensor, new: Tensor) -> None:
 class OutputTap:
     """The output of a module, or the element `item` of it where it returns a tuple.
 
-    `batch_of` is the token embedding where the output may lack the batch axis or have it broadcast (learned positions).
+    `block` is as in `InputTap`; `batch_of` is the token embedding where the output may lack the batch axis, or have it
+    broadcast (learned positions).
     """
 
     name: str
@@ -147,9 +175,11 @@ class OutputTap:
     view: View = View()
     item: int = 0
     batch_of: nn.Module | None = None
+    block: nn.Module | None = None
 
     def attach(self, call: Callback) -> Sequence[Handle]:
         shape: list[torch.Size] = []
+        tokens = None if self.block is None else Tokens(self.block)
 
         def remember(_: nn.Module, __: Any, output: Tensor) -> None:
             shape[:] = [output.shape]
@@ -157,14 +187,17 @@ class OutputTap:
         def hook(_: nn.Module, __: Any, output: Any) -> Any:
             raw: Tensor = output[self.item] if isinstance(output, tuple) else output
             whole = raw.expand(shape[0]) if shape else raw
+            whole = whole if tokens is None else tokens.unflatten(whole)
             value = self.view.read(whole)
             new = checked(call, value, self.name)
             if new is None or (new is value and value is raw):
                 return None
             new = self.view.write(whole, new)
+            new = new if shape else new.reshape(raw.shape)
             return (*output[: self.item], new, *output[self.item + 1 :]) if isinstance(output, tuple) else new
 
-        handles = [self.batch_of.register_forward_hook(remember)] if self.batch_of is not None else []
+        handles = [] if tokens is None else [tokens.handle]
+        handles += [self.batch_of.register_forward_hook(remember)] if self.batch_of is not None else []
         return [*handles, self.module.register_forward_hook(hook)]
 
 

@@ -1,0 +1,182 @@
+"""Router logits, chosen experts, their weights and outputs, against a loop over tokens and experts in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from activations_cache import sites
+from activations_cache.errors import SiteError
+from tests import architectures as zoo
+
+LISTED = [name for name in zoo.MOE if name != "deepseek_v3"]  # its groups and score corrections are not redone here
+LAYER = 1
+PREFIX = f"blocks.{LAYER}.mlp.hook_"
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def route(architecture: str, config: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Chosen experts and weights for router logits `[..., n_experts]`, as each family's paper and code define them."""
+    if architecture == "gpt_oss":  # the softmax is over the chosen logits alone
+        top, index = logits.topk(config.num_experts_per_tok, dim=-1)
+        return index, top.softmax(-1)
+    top, index = logits.softmax(-1).topk(config.num_experts_per_tok, dim=-1)
+    renormalise = architecture == "mixtral" or getattr(config, "norm_topk_prob", False)
+    return index, top / top.sum(-1, keepdim=True) if renormalise else top
+
+
+def expert(architecture: str, experts: Any, which: int, x: Tensor) -> Tensor:
+    """The output of one expert for one token `[d_model]`."""
+    if architecture == "gpt_oss":
+        gate_up = x @ experts.gate_up_proj[which] + experts.gate_up_proj_bias[which]
+        gate, up = gate_up[0::2].clamp(max=experts.limit), gate_up[1::2].clamp(-experts.limit, experts.limit)
+        hidden = (up + 1) * gate * torch.sigmoid(gate * experts.alpha)
+        return hidden @ experts.down_proj[which] + experts.down_proj_bias[which]
+    gate, up = (experts.gate_up_proj[which] @ x).chunk(2)
+    return experts.down_proj[which] @ (torch.nn.functional.silu(gate) * up)
+
+
+def moe_layer(architecture: str, hf: Any, x: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-slot outputs `[batch, pos, top_k, d_model]` and the layer's output, token by token."""
+    block = hf.model.layers[LAYER].mlp
+    each = torch.zeros(*index.shape, x.shape[-1])
+    for b, p, k in torch.cartesian_prod(*(torch.arange(n) for n in index.shape)).tolist():
+        each[b, p, k] = expert(architecture, block.experts, int(index[b, p, k]), x[b, p])
+    out = (each * weights[..., None]).sum(-2)
+    if architecture == "qwen2_moe":
+        out = out + torch.sigmoid(block.shared_expert_gate(x)) * block.shared_expert(x)
+    return each, out
+
+
+def mlp_input(hf: Any, run: Callable[[], Any]) -> Tensor:
+    """What the MoE layer reads, caught by a hook of our own."""
+    seen: list[Tensor] = []
+    handle = hf.model.layers[LAYER].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    run()
+    handle.remove()
+    return seen[0]
+
+
+def router_logits(architecture: str, hf: Any, x: Tensor) -> Tensor:
+    block = hf.model.layers[LAYER].mlp
+    router = block.router if architecture == "gpt_oss" else block.gate
+    return x @ router.weight.T + (router.bias if architecture == "gpt_oss" else 0)
+
+
+@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize("architecture", LISTED)
+def test_reading(architecture: str, padding: str | None) -> None:
+    hf, inputs = zoo.tiny(architecture), zoo.inputs(padding=padding)
+    x = mlp_input(hf, lambda: hf(**inputs))
+    run = sites.run(hf, inputs, read=[f"{PREFIX}*", f"blocks.{LAYER}.hook_mlp_out"])
+    logits = router_logits(architecture, hf, x)
+    index, weights = route(architecture, hf.config, logits)
+    each, out = moe_layer(architecture, hf, x, index, weights)
+    assert run[f"{PREFIX}expert_indices"].dtype == torch.int64
+    assert torch.equal(run[f"{PREFIX}expert_indices"], index)
+    torch.testing.assert_close(run[f"{PREFIX}router_logits"], logits)
+    torch.testing.assert_close(run[f"{PREFIX}expert_weights"], weights)
+    torch.testing.assert_close(run[f"{PREFIX}expert_out"], each, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(run[f"blocks.{LAYER}.hook_mlp_out"], out, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", LISTED)
+def test_replaced_logits_route_anew(architecture: str) -> None:
+    """Reversed logits: other experts are chosen, and the layer's output is what those experts give."""
+    hf, inputs = zoo.tiny(architecture), zoo.inputs()
+    x = mlp_input(hf, lambda: hf(**inputs))
+    before = sites.run(hf, inputs, read=f"{PREFIX}*")
+    flip = {f"{PREFIX}router_logits": lambda v, s: -v}
+    run = sites.run(hf, inputs, read=[f"{PREFIX}*", f"blocks.{LAYER}.hook_mlp_out"], interventions=flip)
+    index, weights = route(architecture, hf.config, -before[f"{PREFIX}router_logits"])
+    _, out = moe_layer(architecture, hf, x, index, weights)
+    assert not torch.equal(index, before[f"{PREFIX}expert_indices"])
+    assert torch.equal(run[f"{PREFIX}expert_indices"], index)
+    torch.testing.assert_close(run[f"{PREFIX}expert_weights"], weights)
+    torch.testing.assert_close(run[f"blocks.{LAYER}.hook_mlp_out"], out, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", zoo.MOE)
+def test_an_expert_is_never_chosen_when_its_logit_is_low(architecture: str) -> None:
+    hf, inputs = zoo.tiny(architecture), zoo.inputs()
+
+    def forbid(value: Tensor, site: sites.Site) -> Tensor:
+        return value.index_fill(-1, torch.tensor([2]), -1e4)
+
+    names = [f"{PREFIX}expert_indices", f"{PREFIX}expert_weights"]
+    before = sites.run(hf, inputs, read=names)
+    after = sites.run(hf, inputs, read=names, interventions={f"{PREFIX}router_logits": forbid})
+    assert (before[names[0]] == 2).any()
+    assert not (after[names[0]] == 2).any()
+    assert torch.isfinite(after[names[1]]).all()
+
+
+@pytest.mark.parametrize("architecture", LISTED)
+def test_replaced_choices_and_weights(architecture: str) -> None:
+    """Experts 3 and 0 for every token, with weights .25 and .5."""
+    hf, inputs = zoo.tiny(architecture), zoo.inputs()
+    x = mlp_input(hf, lambda: hf(**inputs))
+    index = torch.tensor([3, 0]).expand(*x.shape[:2], 2)
+    weights = torch.tensor([0.25, 0.5]).expand(*x.shape[:2], 2)
+    changes = {f"{PREFIX}expert_indices": lambda v, s: index, f"{PREFIX}expert_weights": lambda v, s: weights}
+    read = [f"{PREFIX}expert_indices", f"{PREFIX}expert_out", f"blocks.{LAYER}.hook_mlp_out"]
+    run = sites.run(hf, inputs, read=read, interventions=changes)
+    each, out = moe_layer(architecture, hf, x, index, weights)
+    assert torch.equal(run[f"{PREFIX}expert_indices"], index)
+    torch.testing.assert_close(run[f"{PREFIX}expert_out"], each, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(run[f"blocks.{LAYER}.hook_mlp_out"], out, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", LISTED)
+def test_replaced_outputs_of_experts(architecture: str) -> None:
+    """The first slot silenced, which is the same as giving it no weight."""
+    hf, inputs = zoo.tiny(architecture), zoo.inputs()
+    keep = torch.tensor([0.0, 1.0])
+    silenced = sites.run(hf, inputs, interventions={f"{PREFIX}expert_out": lambda v, s: v * keep[:, None]})
+    unweighted = sites.run(hf, inputs, interventions={f"{PREFIX}expert_weights": lambda v, s: v * keep})
+    torch.testing.assert_close(silenced.logits, unweighted.logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(silenced.logits, hf(**inputs).logits, atol=1e-2)
+
+
+def test_dense_layers_among_sparse_ones() -> None:
+    """A dense layer has neurons and no router; a sparse one the other way round."""
+    S = sites.Sites(zoo.tiny("qwen3_moe_mixed"))
+    assert S["blocks.0.mlp.hook_post"].shape == (48,)
+    assert S["blocks.1.mlp.hook_router_logits"].shape == (4,)
+    with pytest.raises(SiteError, match=r"no site 'blocks\.1\.mlp\.hook_post'"):
+        S["blocks.1.mlp.hook_post"]
+    with pytest.raises(SiteError, match=r"no site 'blocks\.0\.mlp\.hook_router_logits'"):
+        S["blocks.0.mlp.hook_router_logits"]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_other_implementations_of_the_experts(implementation: str) -> None:
+    hf, inputs = zoo.tiny("mixtral"), zoo.inputs()
+    expected = sites.run(hf, inputs, read=f"{PREFIX}*", interventions={f"{PREFIX}router_logits": lambda v, s: -v})
+    hf.set_experts_implementation(implementation)
+    run = sites.run(hf, inputs, read=f"{PREFIX}*", interventions={f"{PREFIX}router_logits": lambda v, s: -v})
+    for name, value in expected.values.items():
+        torch.testing.assert_close(run[name], value, rtol=1e-4, atol=1e-4)
+
+
+def test_a_router_that_cannot_be_routed_anew_says_so() -> None:
+    hf, inputs = zoo.tiny("mixtral"), zoo.inputs()
+    gate = hf.model.layers[LAYER].mlp.gate
+    original = gate.forward
+
+    def two_linear_maps(hidden: Tensor) -> Any:
+        original(hidden)
+        return original(hidden)
+
+    gate.forward = two_linear_maps
+    with pytest.raises(SiteError, match="hook_expert_indices"):
+        sites.run(hf, inputs, interventions={f"{PREFIX}router_logits": lambda v, s: -v})
