@@ -27,6 +27,10 @@ class PatchError(ProbeError):
     """Patching pairs, a metric or a component that cannot be used."""
 
 
+class ExpertError(ProbeError):
+    """A model without experts, or experts that cannot be scored or removed as asked."""
+
+
 class OrganismError(ProbeError):
     """Settings from which no organism can be trained."""
 
