@@ -211,7 +211,7 @@ def _check_reload(hf: Any, folder: Path) -> None:
 
 
 def _suspects(hf: Any) -> str:
-    """What of the model in memory is not in its weights: buffers of another type than loading gives them, else hooks."""
+    """What of the model is not in its weights: buffers of another type than loading gives them, else hooks."""
     with torch.device("meta"):
         fresh = type(hf)._from_config(copy.deepcopy(hf.config), dtype=hf.dtype)
     types = {name: buffer.dtype for name, buffer in fresh.named_buffers()}

@@ -65,11 +65,12 @@ class LowRank(Entry):
     def check(self, shape: tuple[int, ...]) -> None:
         if self.A.ndim < 2 or self.B.ndim < 2 or self.A.shape[-1] != self.B.shape[-2]:
             raise EditError(f"factors of shapes {tuple(self.A.shape)} and {tuple(self.B.shape)} do not multiply")
-        batch = torch.broadcast_shapes(self.A.shape[:-2], self.B.shape[:-2])
-        made = (*batch, self.A.shape[-2], self.B.shape[-1])
-        fits = len(made) <= len(shape) and torch.broadcast_shapes(made, shape) == torch.Size(shape)
-        if not fits or made[-2:] != tuple(shape[-2:]):
-            raise EditError(f"factors give {made}, the tensor is {tuple(shape)}")
+        made = (self.A.shape[-2], self.B.shape[-1])
+        if made != tuple(shape[-2:]) or any(not _broadcasts(f.shape[:-2], shape[:-2]) for f in (self.A, self.B)):
+            raise EditError(
+                f"factors of shapes {tuple(self.A.shape)} and {tuple(self.B.shape)} give {made}; "
+                f"the tensor is {tuple(shape)}"
+            )
 
     @property
     def rank(self) -> int:
@@ -172,6 +173,12 @@ def smallest_replacement(old: Tensor, new: Tensor) -> Entry | None:
 def _bits(tensor: Tensor) -> Tensor:
     sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.detach().cpu().contiguous().view(sizes[tensor.element_size()])
+
+
+def _broadcasts(own: tuple[int, ...], full: tuple[int, ...]) -> bool:
+    """Whether leading dimensions `own` broadcast to `full` without enlarging it."""
+    tail = full[len(full) - len(own) :] if own else ()
+    return len(own) <= len(full) and all(n in (1, m) for n, m in zip(own, tail, strict=True))
 
 
 def _check_index(index: Tensor, shape: tuple[int, ...], axis: int) -> None:
