@@ -66,7 +66,7 @@ def train(
             width as in Gao et al. 2024, arXiv 2406.04093; the constant suits runs of some thousand steps).
         normalize_activations: "expected_average_only_in" scales rows so that their mean norm is sqrt(d_in), by the
             cache's own statistics, and folds the factor into the weights at the end, so that the SAE takes raw
-            activations; "layer_norm" normalises each row at run time; "none" leaves them.
+            activations; "layer_norm" normalises each row at run time (not for the TopK kinds); "none" leaves them.
         seed: weights and order of the rows.
         device: default the GPU if there is one.
         dtype: of the weights.
@@ -151,6 +151,11 @@ def _untrained(architecture: str, k: int, settings: dict[str, Any]) -> Any:
     """A sae-lens training SAE of the architecture, freshly initialised."""
     from sae_lens.registry import get_sae_training_class
 
+    if settings["normalize_activations"] == "layer_norm" and architecture in _WITH_K:
+        raise SAEConfigError(
+            f"sae-lens cannot train {architecture!r} with normalize_activations='layer_norm' (its auxiliary loss for "
+            "dead latents would be in other units); use 'expected_average_only_in' or 'none'."
+        )
     sae_class, config_class = get_sae_training_class(architecture)
     known = {field.name for field in dataclasses.fields(config_class)} - {"metadata"}
     unknown = sorted(set(settings) - known)

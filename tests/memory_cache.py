@@ -53,6 +53,15 @@ class MemoryCache:
     def __getitem__(self, site: str) -> _View:
         return _View(torch.as_tensor(self.data[site]), SimpleNamespace(name=site))
 
+    @property
+    def stats(self) -> dict[str, Any]:
+        found = {}
+        for name, rows in self.data.items():
+            x = torch.as_tensor(rows).double()
+            norm = float(x.flatten(1).norm(dim=1).mean())
+            found[name] = SimpleNamespace(count=len(x), mean=x.mean(0), var=x.var(0, unbiased=False), norm=norm)
+        return found
+
     def tokens(self, row: int) -> np.ndarray:
         return self.sequences["input_ids"][self.rows["sequence"][row]]
 

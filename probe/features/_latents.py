@@ -44,9 +44,9 @@ def latents(
     """Score every live latent by how much higher it is on the positive class.
 
     `score` is 2 AUC - 1 of the latent's activation (rank-biserial correlation): 1 if it is higher on every positive row
-    than on any other, 0 without relation, negative if it is higher on the rest. The best of thousands of latents separates
-    any labels by luck; so `p` holds each score against the highest score of any latent under labels permuted between
-    groups.
+    than on any other, 0 without relation, negative if it is higher on the rest. The best of thousands of latents
+    separates any labels by luck; so `p` holds each score against the highest score of any latent under labels
+    permuted between groups.
 
     Cost: one encoding of the rows; controls are one sparse matrix product; memory 12 bytes per non-zero activation.
 
@@ -70,7 +70,8 @@ def latents(
     Returns:
         Scores of kind "latent"; `.top(k)` gives `Latents` with decoder rows. Columns: `site, layer, latent, score, low,
         high, auc, mean_difference, frequency_positive, frequency_negative, frequency, control, control_low,
-        control_high, p, twin, twin_high, n, n_groups`; `twin` is the mean score of the latent's twins, `twin_high` the highest.
+        control_high, p, twin, twin_high, n, n_groups`; `twin` is the mean score of the
+        latent's twins, `twin_high` the highest.
 
     Raises:
         LabelError: labels that cannot be used.
