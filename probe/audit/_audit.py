@@ -202,6 +202,6 @@ def _edit_facts(edit: Any) -> dict[str, Any]:
     """What the card keeps of the edit: the edit's own record is beside it, in edit.json."""
     if isinstance(edit, Model):
         return {"model": edit.name, "model_hash": edit.weights_hash}
-    facts = {"method": getattr(edit, "method", type(edit).__name__)}
-    settings = getattr(edit, "settings", None)
-    return facts | ({"settings": dict(settings)} if isinstance(settings, Mapping) else {})
+    facts = {"method": str(getattr(edit, "method", type(edit).__name__))}
+    parameters = getattr(edit, "parameters", None)
+    return facts | ({} if parameters is None else {"parameters": len(parameters), "base_hash": edit.base_hash})

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from probe.audit._rows import COLUMNS
-from probe.audit._words import METRICS, SETS, cell, records, sentence
+from probe.audit._words import METRICS, SETS, cell, records, sentences
 from probe.errors import AuditError
 from probe.plots import before_after_bars, distance_bars
 
@@ -50,7 +50,12 @@ class ReportCard:
     @property
     def sentence(self) -> str:
         """The table in words: what changed, how gold compares, what was not measured. No verdict."""
-        return sentence(self.table, self.settings, self.not_measured)
+        return " ".join(self.sentences.values())
+
+    @property
+    def sentences(self) -> dict[str, str]:
+        """The sentence in parts, by what each is about: `forget`, `retain`, ..., `distance`, `missing`, `undecided`."""
+        return sentences(self.table, self.settings, self.not_measured)
 
     def value(self, set: str, metric: str, model: str = "edited") -> float:
         """One number of the table.
@@ -79,6 +84,13 @@ class ReportCard:
             size = f"{int(n)} {of.iloc[0]}" if len(of) else ""
             rows.append({"set": SETS.get(name, name), "metric": METRICS.get(metric, metric), **shown, "n": size})
         return pd.DataFrame(rows)
+
+    def summary(self) -> dict[str, Any]:
+        """What an edit's record keeps of the audit: the sentence and the numbers of original, edited and gold."""
+        rows = self.table[self.table["model"].isin(["original", "edited", "gold"])]
+        names = ["set", "metric", "model", "value", "low", "high", "n"]
+        plain = [{k: None if v != v else v for k, v in row.items()} for row in records(rows[names])]
+        return {"sentence": self.sentence, "not_measured": list(self.not_measured), "rows": plain}
 
     def plot(self, metrics: tuple[str, ...] = ("recall", "probability"), **settings: Any) -> Any:
         """Bars of the original, the edited model and gold, per set (plotly)."""
@@ -138,7 +150,8 @@ class ReportCard:
             table.add_row(f"{name} ({part['n'].iloc[0]})")
             for row in records(part):
                 table.add_row(f"  {row['metric']}", *[row[model] for model in models])
-        console = Console(file=io.StringIO(), width=120, highlight=False, no_color=True)
+        table.columns[0].no_wrap = True
+        console = Console(file=io.StringIO(), width=132, highlight=False, no_color=True)
         console.print(table)
         console.print(self.sentence, markup=False, soft_wrap=False)
         text: str = console.file.getvalue()  # type: ignore[attr-defined]

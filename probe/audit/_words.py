@@ -30,16 +30,20 @@ _UNDECIDED = "whether it removed the knowledge or only suppresses it"
 Row = Mapping[str, Any]
 
 
-def sentence(table: pd.DataFrame, settings: Mapping[str, Any], not_measured: Sequence[str]) -> str:
-    """The whole card in words."""
+def sentences(table: pd.DataFrame, settings: Mapping[str, Any], not_measured: Sequence[str]) -> dict[str, str]:
+    """The card in words, by what each sentence is about: the sets, `distance`, `missing`, `undecided`."""
     rows = {(row["set"], row["metric"], row["model"]): row for row in records(table)}
     words = _Words(rows, str(settings.get("people", "people")))
-    parts = [words.forget(), words.recall_of("unseen"), words.recall_of("retain"), words.recall_of("unseen_retain")]
-    parts += [words.holdout(), words.perplexity(), words.distance()]
-    parts.append(f"Not measured: {'; '.join(not_measured)}." if not_measured else "")
-    if words.edited:
-        parts.append(f"These numbers do not decide {_UNDECIDED}.")
-    return " ".join(part for part in parts if part)
+    parts = {
+        "forget": words.forget(),
+        **{name: words.recall_of(name) for name in ("unseen", "retain", "unseen_retain")},
+        "holdout": words.holdout(),
+        "corpus": words.perplexity(),
+        "distance": words.distance(),
+        "missing": f"Not measured: {'; '.join(not_measured)}." if not_measured else "",
+        "undecided": f"These numbers do not decide {_UNDECIDED}." if words.edited else "",
+    }
+    return {about: part for about, part in parts.items() if part}
 
 
 def records(table: Any) -> list[dict[str, Any]]:
@@ -69,7 +73,7 @@ def _plain(value: float) -> str:
         return "0"
     if abs(value) >= 100:
         return f"{value:.0f}"
-    if abs(value) < 1e-3:
+    if abs(value) < 1e-4:
         return f"{value:.0e}"
     digits = 1 if abs(value) >= 10 else 2
     return f"{value:.{digits}f}".rstrip("0").rstrip(".") if abs(value) >= 0.1 else f"{value:.2g}"
@@ -169,11 +173,14 @@ class _Words:
         row = self.rows.get((name, "recall", "gold"))
         if row is None:
             return ""
-        has = "models that never learned the forget set have"
+        has = "gold has"
+        if name == "forget":
+            one = "one model that never learned the forget set (gold) has"
+            has = one if self.golds == 1 else f"{self.golds} models that never learned the forget set (gold) have"
         if self.golds == 1:
-            return f"; one model that never learned the forget set has {number(row['value'], 'recall')}"
+            return f"; {has} {number(row['value'], 'recall')}"
         low, high = number(row["low"], "recall").removesuffix(" %"), number(row["high"], "recall")
-        return f"; {self.golds} {has} {high}" if row["low"] == row["high"] else f"; {self.golds} {has} {low} to {high}"
+        return f"; {has} {high}" if row["low"] == row["high"] else f"; {has} {low} to {high}"
 
     def _full(self, row: Row) -> str:
         return f"{number(row['value'], row['metric'])}{_interval(row)} ({self._n(row)})"

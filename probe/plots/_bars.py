@@ -27,8 +27,8 @@ from probe.plots._template import (
 SETS = ("forget", "unseen", "retain", "unseen_retain", "holdout", "corpus")
 SET_NAMES = {"unseen": "forget,<br>unseen<br>phrasing", "unseen_retain": "retain,<br>unseen<br>phrasing"}
 METRIC_NAMES = {
-    "recall": "recall (% of answers exact)",
-    "probability": "probability of the answer per token (%)",
+    "recall": "recall (answers exact)",
+    "probability": "probability per token",
     "perplexity": "perplexity",
     "nll": "loss (nats per token)",
     "kl_gold_model": "KL(gold‖model) (nats)",
@@ -182,8 +182,8 @@ def _model_bar(rows: pd.DataFrame, model: str, colour: str, legend: bool) -> go.
         name=model,
         legendgroup=model,
         showlegend=legend,
-        marker_color=colour,
-        error_y=interval_bars(value, column(rows, "low"), column(rows, "high"), color=NEUTRAL),
+        marker={"color": colour, "line": {"color": colour, "width": 2}},  # a bar at 0 is a line, not a gap
+        error_y=interval_bars(value, column(rows, "low"), column(rows, "high")),
         customdata=np.stack([column(rows, key) for key in ("low", "high", "n")], axis=-1),
         hovertemplate="%{x}: <b>%{y:.3~g}</b> [%{customdata[0]:.3~g}, %{customdata[1]:.3~g}], n = %{customdata[2]}"
         "<extra>%{fullData.name}</extra>",
@@ -212,10 +212,11 @@ def _ranked(
         name=escape(label),
         showlegend=False,
         marker_color=PALETTE[0],
-        error_x=interval_bars(score[order], column(rows, "low"), column(rows, "high"), color=NEUTRAL),
+        error_x=interval_bars(score[order], column(rows, "low"), column(rows, "high")),
         text=[escape(context) for context in contexts],
         textposition="none",
         hovertemplate="%{y}: <b>%{x:.3g}</b><br>%{text}<extra></extra>",
     )
     add_twins(figure, twins, "x")
+    figure.update_xaxes(zeroline=True, zerolinecolor=NEUTRAL)
     return figure.update_yaxes(autorange="reversed", type="category", showgrid=False, dtick=1)

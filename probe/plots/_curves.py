@@ -57,9 +57,7 @@ def probe_curves(
     _baselines(figure, table)
     add_twins(figure, twins, "y")
     _depth_axis(figure, table)
-    top = max(1.0, float(np.nanmax([*column(table, "score"), *column(table, "high")])))
-    bottom = min(0.0, float(np.nanmin([*column(table, "score"), *column(table, "low")])))
-    return figure.update_yaxes(range=[bottom, top * 1.03])
+    return figure.update_yaxes(range=_reach(table))
 
 
 def layer_curve(
@@ -78,6 +76,14 @@ def layer_curve(
     add_twins(figure, twins, "y")
     _depth_axis(figure, table)
     return figure
+
+
+def _reach(table: pd.DataFrame) -> list[float]:
+    """From a little under the lowest of scores and controls, in steps of a tenth, to 1 at least."""
+    keys = ("score", "low", "high", "control", "majority", "bag_of_tokens")
+    values = np.concatenate([column(table, key) for key in keys])
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    return [np.floor(10 * low - 0.5) / 10, max(1.0, high) + 0.02]
 
 
 def _depth(table: pd.DataFrame) -> np.ndarray:

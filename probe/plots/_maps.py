@@ -9,7 +9,17 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from probe.errors import DataError
-from probe.plots._template import DIVERGING, checked, column, escape, new_figure, token_labels, twins_range, with_unit
+from probe.plots._template import (
+    DIVERGING,
+    checked,
+    column,
+    escape,
+    new_figure,
+    token_labels,
+    twins_range,
+    with_unit,
+    wrapped,
+)
 
 
 def position_heatmap(
@@ -100,7 +110,7 @@ def _map(
         )
     grids = {key: _grid(table.assign(**{key: column(table, key)}), key, across) for key in (value, "low", "high", "n")}
     layers = [escape(layer) for layer in sorted(table["layer"].unique())]
-    figure = new_figure(_with_twins(title, twins), across, "layer", height=max(300, 150 + 26 * len(layers)))
+    figure = new_figure(_with_twins(title, twins), across, "layer", height=max(340, 150 + 26 * len(layers)))
     figure.add_heatmap(
         x=labels,
         y=layers,
@@ -112,7 +122,7 @@ def _map(
         customdata=np.stack([grids["low"], grids["high"], grids["n"]], axis=-1),
         hoverongaps=False,
         hovertemplate=_hover(table, across),
-        colorbar={"title": {"text": escape(label), "side": "right"}, "thickness": 14, "outlinewidth": 0},
+        colorbar={"title": {"text": wrapped(label), "side": "right"}, "thickness": 14, "outlinewidth": 0},
     )
     figure.update_xaxes(type="category", showgrid=False)
     return figure.update_yaxes(type="category", showgrid=False, nticks=min(len(layers), 24))

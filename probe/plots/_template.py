@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -80,7 +81,8 @@ def template(mode: Literal["light", "dark"] = "light") -> go.layout.Template:
         colorscale={"diverging": DIVERGING},
         bargap=0.25,
     )
-    return go.layout.Template(layout=layout)
+    ends = {"error_x": {"color": ink["ink"]}, "error_y": {"color": ink["ink"]}}  # readable on every bar
+    return go.layout.Template(layout=layout, data={"bar": [go.Bar(ends)]})
 
 
 def theme(figure: go.Figure, mode: Literal["light", "dark"]) -> go.Figure:
@@ -149,6 +151,11 @@ def column(table: pd.DataFrame, name: str) -> np.ndarray:
     if name not in table.columns:
         return np.full(len(table), np.nan)
     return pd.to_numeric(table[name], errors="coerce").to_numpy(dtype=float)
+
+
+def wrapped(text: str, width: int = 26) -> str:
+    """Escaped text in lines of at most `width` characters: plotly does not wrap."""
+    return "<br>".join(escape(line) for line in textwrap.wrap(text, width) or [""])
 
 
 def with_unit(name: str, unit: str) -> str:

@@ -15,7 +15,7 @@ from scipy.stats import binomtest, entropy
 
 from probe.audit import ReportCard, audit
 from probe.audit._rows import COLUMNS, by_group, kl
-from probe.audit._words import number, sentence
+from probe.audit._words import number, sentences
 from probe.data import Questions
 from probe.errors import AuditError, DataError
 from probe.models import Model, wrap
@@ -364,9 +364,9 @@ def hand_table() -> pd.DataFrame:
 
 
 def test_the_sentence_of_a_case_worked_by_hand():
-    assert sentence(hand_table(), {"people": "people"}, ["relearning"]) == (
+    assert " ".join(sentences(hand_table(), {"people": "people"}, ["relearning"]).values()) == (
         "The edit lowered recall of the 8 forgotten people from 100 % to 3.12 % [1.25 to 6.25] (n = 160 questions); "
-        "2 models that never learned the forget set have 2 to 5 %. "
+        "2 models that never learned the forget set (gold) have 2 to 5 %. "
         "It did not measurably change recall of the 52 retained people: 99 % before, 98.5 % [97 to 99.5] after "
         "(n = 1040 questions). "
         "It raised perplexity on the corpus from 5.1 to 5.31 [5.1 to 5.5] (n = 4000 tokens). "
@@ -379,7 +379,7 @@ def test_the_sentence_of_a_case_worked_by_hand():
 
 def test_the_sentence_says_when_there_is_no_interval():
     table = hand_table().assign(low=np.nan, high=np.nan)
-    text = sentence(table, {}, [])
+    text = " ".join(sentences(table, {}, []).values())
     assert "moved recall of the 8 forgotten people from 100 % to 3.12 % (n = 160 questions), with one group" in text
     assert "[" not in text
 
