@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -48,10 +48,10 @@ def without(model: Model, experts: Experts) -> Iterator[None]:
     _check(model, experts)
     functions: dict[str, Any] = {}
     for layer, gone in experts.by_layer().items():
-        functions[f"blocks.{layer}.mlp.hook_router_logits"] = _mask(gone)
-        never = _Never(gone)
-        functions[f"blocks.{layer}.mlp.hook_expert_indices"] = never.indices
-        functions[f"blocks.{layer}.mlp.hook_expert_weights"] = never.weights
+        off = _Off(gone)
+        functions[f"blocks.{layer}.mlp.hook_router_logits"] = off.logits
+        functions[f"blocks.{layer}.mlp.hook_expert_indices"] = off.indices
+        functions[f"blocks.{layer}.mlp.hook_expert_weights"] = off.weights
     with sites.hooked(model.hf, functions):
         yield
 
@@ -193,24 +193,33 @@ def _check(model: Model, experts: Experts) -> None:
             )
 
 
-def _mask(gone: list[int]) -> Callable[[Tensor, Site], Tensor | None]:
-    def mask(value: Tensor, _: Site) -> Tensor:
-        index = torch.tensor(gone, device=value.device)
-        return value.index_fill(-1, index, float("-inf"))  # [batch, pos, n_experts]
+class _Off:
+    """Three hooks of one layer: mask the logits of removed experts, then check what the router made of it.
 
-    return mask
-
-
-class _Never:
-    """Raises if a removed expert takes part. One of weight 0 does not: a router whose softmax underflows ranks ties."""
+    A removed expert may still be named in the top k, at weight 0, where the softmax underflows for all that are left:
+    no harm. It must not carry weight, and must not take the place of an expert that has a chance.
+    """
 
     def __init__(self, gone: list[int]) -> None:
         self.gone = gone
-        self.chosen: Tensor | None = None
+        self.masked = self.index = torch.empty(0)
+
+    def logits(self, value: Float[Tensor, "batch pos n_experts"], _: Site) -> Tensor:
+        gone = torch.tensor(self.gone, device=value.device)
+        self.masked = value.index_fill(-1, gone, float("-inf"))
+        return self.masked
 
     def indices(self, value: Int[Tensor, "batch pos top_k"], _: Site) -> None:
-        self.chosen = torch.isin(value, torch.tensor(self.gone, device=value.device))
+        self.index = value
 
     def weights(self, value: Float[Tensor, "batch pos top_k"], site: Site) -> None:
-        if self.chosen is not None and (value[self.chosen] != 0).any():
-            raise ExpertError(f"the router before {site.name} chose a removed expert although its logit is -inf")
+        named = torch.isin(self.index, torch.tensor(self.gone, device=value.device))  # [batch, pos, top_k]
+        if not named.any():
+            return
+        spare = self.masked.float().softmax(-1).scatter(-1, self.index, 0.0)  # chance of those not chosen
+        displaced = named.any(-1) & (spare > 0).any(-1)  # [batch, pos]
+        if displaced.any() or (value[named] != 0).any():
+            raise ExpertError(
+                f"the router before {site.name} chose a removed expert although its logit is -inf: it ranks experts by "
+                "more than their logits (a selection bias), so they cannot be switched off in this way"
+            )

@@ -253,6 +253,25 @@ def test_a_router_so_sure_that_its_softmax_underflows(model):
         np.testing.assert_allclose(got.logprob_sum, expected.logprob_sum, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["olmoe", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_what_is_switched_off_has_no_influence(kind):
+    """On every kind of router: with experts off, their weights do not matter; with them on, they do."""
+    made = tiny(kind)
+    got = experts.attribute(made, FORGET, RETAIN, layers=[1], n_boot=0, n_permutations=0, progress=False)
+    target = Experts(tuple((1, int(e)) for e in got.table.sort_values("forget").expert[-2:]), 6)
+    with experts.without(made, target):
+        before = score_answers(made, QUESTIONS).logprob_sum
+    on = score_answers(made, QUESTIONS).logprob_sum
+    stacked = [p for p in made.hf.get_submodule("model.layers.1.mlp").parameters() if p.ndim == 3]
+    with torch.no_grad():
+        for parameter in stacked:
+            parameter[[e for _, e in target.index]] *= 3
+    with experts.without(made, target):
+        np.testing.assert_array_equal(score_answers(made, QUESTIONS).logprob_sum, before)
+    assert stacked
+    assert np.abs(score_answers(made, QUESTIONS).logprob_sum - on).max() > 1e-3
+
+
 def test_removal_table(model):
     target = Experts(((0, 3), (1, 2)), 6)
     sets = {"forget": QUESTIONS[:2], "all": QUESTIONS}
@@ -291,8 +310,16 @@ def test_the_model_is_left_alone(model):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
 
 
-def test_a_router_that_chooses_a_removed_expert_is_found_out(model, monkeypatch):
-    monkeypatch.setattr("probe.experts._removal._mask", lambda gone: lambda value, site: None)
+def test_a_router_that_ranks_by_more_than_its_logits_is_found_out():
+    """DeepSeek-V3 adds a bias for the choice alone: a removed expert can be chosen with weight 0 and waste a place."""
+    made = tiny("deepseek_v3")
+    made.hf.model.layers[1].mlp.gate.e_score_correction_bias[2] = 5
+    with pytest.raises(ExpertError, match="ranks experts by more"), experts.without(made, Experts(((1, 2),), 6)):
+        score_answers(made, QUESTIONS)
+
+
+def test_a_model_that_ignores_the_mask_is_found_out(model, monkeypatch):
+    monkeypatch.setattr("probe.experts._removal._Off.logits", lambda self, value, site: setattr(self, "masked", value))
     with pytest.raises(ExpertError, match="although its logit"), experts.without(model, TARGETS[2]):
         score_answers(model, QUESTIONS)
 
