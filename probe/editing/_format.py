@@ -5,6 +5,7 @@ Nothing that is read is executed, and whatever is wrong with the files ends in o
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -182,7 +183,7 @@ def _read_change(record: Any, where: str, tensors: Mapping[str, Tensor], used: s
     if kind is None:
         raise EditError(f"{where}: unknown kind {record['kind']!r}; known are {', '.join(KINDS)}.")
     named = _get(record, "tensors", dict, where)
-    roles = set(kind.__dataclass_fields__)  # type: ignore[attr-defined]
+    roles = {role.name for role in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if set(named) != roles:
         raise EditError(f"{where}: {kind.kind} needs the tensors {sorted(roles)}; got {sorted(named)}.")
     shape = tuple(_get(record, "shape", list, where))

@@ -97,6 +97,9 @@ class Step:
     def __post_init__(self) -> None:
         if not (self.changes or self.added or self.removed or self.renamed):
             raise EditError(f"{self.method} changes nothing: an edit needs at least one changed tensor.")
+        reshaped = self._reshaped()
+        if reshaped and not self.config_patch:
+            raise EditError(f"{reshaped[0]} changes its shape, which needs a config patch that says the new size.")
         gone = set(self.removed)
         clash = sorted(gone & (set(self.changes) | set(self.renamed)))
         if clash:
