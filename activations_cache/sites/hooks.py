@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor
 
 from activations_cache.errors import SiteError
@@ -29,7 +30,7 @@ class Run:
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
-    logits: Tensor | None = None
+    logits: Float[Tensor, "batch pos d_vocab"] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         return self.values[name]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -40,7 +41,13 @@ class _ReplaceLogits(TorchFunctionMode):
         return out
 
 
-def reroute(router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], logits: Tensor, name: str) -> Any:
+def reroute(
+    router: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    logits: Float[Tensor, "rows n_experts"],
+    name: str,
+) -> Any:
     """What `router` returns for these inputs when its logits are `logits`: its own top-k, softmax and scaling.
 
     Raises:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from activations_cache.sites.taps import Callback, Handle, checked
@@ -27,16 +28,14 @@ def eager_function(attention: nn.Module) -> Callable[..., Any] | None:
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
-    """The module's own eager attention, with the callbacks run on the pattern.
-
-    Args:
-        query: `[batch, n_heads, query, d_head]`; `key` and `value` have `n_kv_heads`.
-
-    Returns:
-        The mixed values `[batch, query, n_heads, d_head]` and the pattern `[batch, n_heads, query, key]`.
-    """
+    module: nn.Module,
+    query: Float[Tensor, "batch n_heads query d_head"],
+    key: Float[Tensor, "batch n_kv_heads key d_head"],
+    value: Float[Tensor, "batch n_kv_heads key d_head"],
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "batch query n_heads d_head"], Float[Tensor, "batch n_heads query key"]]:
+    """The module's own eager attention, with the callbacks run on the pattern; returns mixed values and pattern."""
     eager = eager_function(module)
     assert eager is not None  # only modules that have it are hooked or share this implementation
     out, pattern = eager(module, query, key, value, attention_mask, **kwargs)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from activations_cache.errors import SiteError
@@ -71,7 +72,7 @@ class Tokens:
         hidden, _where = first_tensor(args, kwargs)
         self.shape = (hidden.shape[0], hidden.shape[1])
 
-    def unflatten(self, rows: Tensor) -> Tensor:
+    def unflatten(self, rows: Shaped[Tensor, "... n"]) -> Shaped[Tensor, "batch pos n"]:
         """`[batch * pos, n] -> [batch, pos, n]`, a view; anything else is left as it is."""
         return rows.reshape(*self.shape, rows.shape[-1]) if rows.ndim == 2 else rows
 
@@ -90,7 +91,7 @@ class View:
     index: slice | Tensor | None = None
     scale: float = 1.0
 
-    def read(self, raw: Tensor) -> Tensor:
+    def read(self, raw: Float[Tensor, "batch pos features"]) -> Float[Tensor, "batch pos *shape"]:
         """`[batch, pos, features] -> [batch, pos, *shape]`, a view wherever that is possible."""
         value = raw
         if self.index is not None:
@@ -102,7 +103,9 @@ class View:
             value = value.reshape(*value.shape[:-1], -1, self.heads)  # [batch, pos, n_heads, d_head]
         return value
 
-    def write(self, raw: Tensor, new: Tensor) -> Tensor:
+    def write(
+        self, raw: Float[Tensor, "batch pos features"], new: Float[Tensor, "batch pos *shape"]
+    ) -> Float[Tensor, "batch pos features"]:
         """The module's tensor with the site's part replaced by `new`; `raw` itself is not changed."""
         if self.heads:
             new = new.flatten(-2)  # [batch, pos, n_heads * d_head]
@@ -234,7 +237,9 @@ def without_gain(norm: nn.Module, offset: float) -> Any:
     return shadow(norm, parameters)
 
 
-def with_gain(norm: nn.Module, offset: float, normalized: Tensor) -> Tensor:
+def with_gain(
+    norm: nn.Module, offset: float, normalized: Float[Tensor, "*rows d_model"]
+) -> Float[Tensor, "*rows d_model"]:
     """`normalized * (weight + offset) + bias`, leaving out what the norm does not have."""
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     out = normalized if weight is None else normalized * (weight + offset)

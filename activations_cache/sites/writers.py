@@ -182,7 +182,7 @@ def _writer(weight: Weight, component: Component, layer: int, norm: tuple[str | 
 def _post_norm(layout: Layout, layer: int, part: str) -> tuple[str | None, float]:
     """Gain of the norm that stands between the attention or MLP and the residual stream, and its offset."""
     place = layout.place(layer, f"hook_{part}_out")
-    if place is None or place.path == part:
+    if place is None or place.path.split(".")[0] == part:
         return None, 0.0
     return join(place.hf, "weight"), gain_offset(place.module)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,6 +134,7 @@ def halve(value: Tensor, *_: Any, **__: Any) -> Tensor:
     return value * 0.5 + 0.25
 
 
+@pytest.mark.filterwarnings("ignore:A forward hook edited hook_scale")  # the bridge's own, about rounding
 @pytest.mark.parametrize("change", [halve, lambda value, *_, **__: torch.zeros_like(value)], ids=["halve", "zero"])
 @pytest.mark.parametrize("architecture", zoo.ARCHITECTURES)
 def test_interventions_equal_the_bridges(architecture: str, change: Any) -> None:
@@ -218,6 +220,34 @@ def test_sdpa_gives_the_same_sites(architecture: str) -> None:
             assert_close(ours[name], theirs[name], name, mask)
     assert_close(pattern.sum(-1)[mask[:, None, :].expand(-1, 4, -1)], torch.ones(()), "rows of the pattern")
     assert fused.config._attn_implementation == "sdpa"
+
+
+def test_the_pattern_under_sdpa_without_a_mask() -> None:
+    """sdpa then builds no mask at all; the pattern is causal, and within the sliding window, nevertheless."""
+    for architecture in ("llama", "mistral", "gemma3", "gpt2"):
+        eager, ids = model(architecture), {"input_ids": batch(None)["input_ids"]}
+        fused = copy.deepcopy(eager)
+        fused.set_attn_implementation("sdpa")
+        with torch.no_grad():
+            ours, theirs = (sites.run(hf, ids, read="*hook_pattern") for hf in (fused, eager))
+        for name, value in theirs.values.items():
+            assert_close(ours[name], value, name)
+            assert not value.triu(1).any()
+
+
+@pytest.mark.parametrize("architecture", zoo.LISTED)
+def test_a_checkpoint_on_disk_gives_the_same_sites(architecture: str, tmp_path: Path) -> None:
+    """Written by `save_pretrained` (experts one by one, where the family does so) and loaded again."""
+    import transformers
+
+    path = zoo.checkpoint(architecture, tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32)
+    names = sites.Sites(model(architecture)).names
+    assert sites.Sites(loaded).names == names
+    with torch.no_grad():
+        before, after = (sites.run(hf, batch(), read=names) for hf in (model(architecture), loaded))
+    assert all(torch.equal(before[name], after[name]) for name in names)
+    assert sites.writers(loaded) == sites.writers(model(architecture))
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
