@@ -177,10 +177,10 @@ def _twins(target: Experts, n: int, seed: int) -> list[Experts]:
 
 def _check(model: Model, experts: Experts) -> None:
     """Raise unless the model has these experts and can do without them."""
-    names = routing_sites(model.sites, None, type(model.hf).__name__)
-    dims = model.dims
-    n_experts, top_k = dims.n_experts or 0, dims.top_k or 1
-    with_experts = {model.sites[name].layer for name in names}
+    catalogue = model.sites
+    names = routing_sites(catalogue, None, type(model.hf).__name__)
+    n_experts, top_k = catalogue.dims.n_experts or 0, catalogue.dims.top_k or 1
+    with_experts = {catalogue[name].layer for name in names}
     for layer, gone in experts.by_layer().items():
         if layer not in with_experts:
             raise ExpertError(f"layer {layer} has no experts; those with experts are {sorted(with_experts, key=str)}")

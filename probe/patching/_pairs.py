@@ -91,7 +91,11 @@ def as_pairs(
 
 
 def _strings(part: str | Sequence[str] | None) -> list[str] | None:
-    return part if part is None else [part] if isinstance(part, str) else list(part)
+    if part is None or isinstance(part, str):
+        return part if part is None else [part]
+    if not isinstance(part, Sequence) or not all(isinstance(text, str) for text in part):
+        raise PatchError(f"prompts and answers must be Pairs, a string or a list of strings; got {type(part).__name__}")
+    return list(part)
 
 
 def tokenise(model: Model, rows: Sequence[Pair], *, reads: int, bos: bool | None) -> list[Tokenised]:

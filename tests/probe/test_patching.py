@@ -403,6 +403,8 @@ def test_bad_settings_are_errors(llama, settings, match):
 def test_bad_strings_are_errors(llama):
     with pytest.raises(PatchError, match="at least one pair"):
         patch(llama, Pairs([]), progress=False)
+    with pytest.raises(PatchError, match="list of strings; got list"):
+        patch(llama, [1], ["Anna"], answer=["Oslo"], wrong=["Lima"], progress=False)
     with pytest.raises(PatchError, match="corrupted prompt"):
         patch(llama, "Anna", answer="Oslo", wrong="Lima", progress=False)
     with pytest.raises(PatchError, match="as many"):
