@@ -85,6 +85,7 @@ class Report:
         )
         return page.render(
             report=self,
+            summary=[_glued(sentence) for sentence in self.summary],
             parts=parts,
             css=Markup(_asset("report.css")),
             js=Markup(_asset("report.js")),
@@ -136,12 +137,17 @@ def _item(section: Section, number: int) -> dict[str, Any]:
     return {
         "id": f"section-{number}",
         "section": section,
-        "paragraphs": [text.strip() for text in section.text.split("\n\n") if text.strip()],
+        "paragraphs": [_glued(text.strip()) for text in section.text.split("\n\n") if text.strip()],
         "figures": figures,
         "table": Markup(table_html(section.table)) if section.table is not None and rows else "",
         "table_note": note,
         "markup": Markup(section.html),
     }
+
+
+def _glued(text: str) -> str:
+    """No line ends between a number and its sign: `3 %`, `n = 4`."""
+    return text.replace(" %", "\u00a0%").replace("n = ", "n\u00a0=\u00a0")
 
 
 def _figure(figure: Any, name: str) -> dict[str, Any]:

@@ -219,8 +219,11 @@ def _twins(scores: Scores) -> str:
 
 
 def _place(kind: str, row: Mapping[str, Any]) -> str:
+    from probe.plots import METHOD_NAMES
+
     if kind == "direction":
-        return f"{row.get('method', 'a probe')} at {row.get('site', 'layer ' + str(row.get('layer')))}"
+        method = METHOD_NAMES.get(str(row.get("method")), row.get("method", "a probe"))
+        return f"{method} at {row.get('site', 'layer ' + str(row.get('layer')))}"
     if kind == "latent":
         return f"latent {row.get('latent')}"
     place = f"layer {row.get('layer')}"
@@ -232,7 +235,7 @@ def _place(kind: str, row: Mapping[str, Any]) -> str:
 
 def _span(row: Mapping[str, Any], low: str, high: str) -> str:
     ends = row.get(low), row.get(high)
-    return "" if any(_unknown(end) for end in ends) else f" [{_number(ends[0])}, {_number(ends[1])}]"
+    return "" if any(_unknown(end) for end in ends) else f" [{_number(ends[0])} to {_number(ends[1])}]"
 
 
 def _size(row: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from probe.plots._bars import (
     latent_scatter,
     neuron_bars,
 )
-from probe.plots._curves import layer_curve, probe_curves
+from probe.plots._curves import METHOD_NAMES, layer_curve, probe_curves
 from probe.plots._maps import expert_map, head_heatmap, position_heatmap
 from probe.plots._template import MODEL_COLOURS, PALETTE, template, theme, token_labels
 
@@ -34,6 +34,7 @@ BY_KIND: dict[str, Callable[..., Any]] = {
 
 __all__ = [
     "BY_KIND",
+    "METHOD_NAMES",
     "MODEL_COLOURS",
     "PALETTE",
     "before_after_bars",

@@ -22,7 +22,7 @@ from probe.plots._template import (
     with_unit,
 )
 
-_METHODS = {"mean_diff": "difference of means", "logistic": "logistic regression"}
+METHOD_NAMES = {"mean_diff": "difference of means", "logistic": "logistic regression"}
 _BASELINES = {"majority": ("majority class", "dash"), "bag_of_tokens": ("bag of tokens", "dashdot")}
 
 
@@ -52,7 +52,7 @@ def probe_curves(
     figure = new_figure(title, "layer", with_unit(score_name, unit))
     several = table["_kind"].nunique() > 1
     for i, ((method, kind), rows) in enumerate(table.groupby(["method", "_kind"], sort=False)):
-        name = _METHODS.get(str(method), str(method)) + (f" · {kind}" if several else "")
+        name = METHOD_NAMES.get(str(method), str(method)) + (f" · {kind}" if several else "")
         _curve(figure, rows.sort_values("_x"), escape(name), PALETTE[i % len(PALETTE)])
     _baselines(figure, table)
     add_twins(figure, twins, "y")
