@@ -13,7 +13,7 @@ from torch import nn
 
 from activations_cache.errors import SiteError
 from activations_cache.sites._types import Dims, Site
-from activations_cache.sites.adapter import bare, submodule
+from activations_cache.sites.adapter import bare
 from activations_cache.sites.layout import Layout, enumerate_sites, fused_tap
 from activations_cache.sites.taps import Tap
 
@@ -170,6 +170,7 @@ class _Holder:
 
     def __init__(self, sites: Sites | None = None) -> None:
         self.sites = sites
+        self.structure = () if sites is None else structure(sites.layout.hf)
 
     def __deepcopy__(self, memo: Any) -> _Holder:
         return _Holder()
@@ -178,17 +179,21 @@ class _Holder:
         return _Holder, ()
 
     def valid_for(self, hf: nn.Module) -> bool:
-        """Whether the catalogue is of this model with the blocks it has now."""
-        if self.sites is None or self.sites.layout.hf is not hf:
-            return False
-        blocks = submodule(hf, self.sites.layout.blocks_path)
-        now = list(blocks.children()) if blocks is not None else []
-        known = self.sites.layout.layers
-        return len(now) == len(known) and all(a is b for a, b in zip(now, known, strict=True))
+        """Whether the catalogue is of this model with the modules, and the numbers of experts, that it has now."""
+        return self.sites is not None and self.sites.layout.hf is hf and self.structure == structure(hf)
+
+
+def structure(hf: nn.Module) -> tuple[int, ...]:
+    """What a catalogue depends on: which modules there are, and the sizes of their stacked parameters."""
+    found: list[int] = []
+    for module in hf.modules():
+        found.append(id(module))
+        found += [p.shape[0] for p in module._parameters.values() if p is not None and p.ndim == 3]
+    return tuple(found)
 
 
 def sites_of(model: Any) -> Sites:
-    """The `Sites` of a model, made once per model and again if its blocks were replaced.
+    """The `Sites` of a model, made once per model and again if its modules or experts have changed.
 
     Raises:
         ModelError: as `Sites` does.

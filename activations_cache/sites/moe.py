@@ -97,8 +97,8 @@ class ExpertsTap:
     position: int
 
     def attach(self, call: Callback) -> Sequence[Handle]:
-        tokens = Tokens(self.block)
         keyword = list(inspect.signature(self.experts.forward).parameters)[self.position]
+        tokens = Tokens(self.block)
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             where: int | str = self.position if len(args) > self.position else keyword

@@ -168,6 +168,22 @@ def test_other_implementations_of_the_experts(implementation: str) -> None:
         torch.testing.assert_close(run[name], value, rtol=1e-4, atol=1e-4)
 
 
+def test_an_expert_that_is_gone() -> None:
+    """The catalogue that `run` keeps notices that a model has fewer experts than before."""
+    hf, inputs = zoo.tiny("mixtral"), zoo.inputs()
+    name = f"{PREFIX}router_logits"
+    assert sites.run(hf, inputs, read=name)[name].shape == (3, 9, 4)
+    block = hf.model.layers[LAYER].mlp
+    for module in (block.gate, block.experts):
+        module.num_experts = 3
+        for key, parameter in list(module.named_parameters()):
+            setattr(module, key, torch.nn.Parameter(parameter[:3].clone()))
+    with sites.hooked(hf, {name: lambda v, s: None}) as S:
+        assert S[name].shape == (3,)
+    flipped = sites.run(hf, inputs, read=f"{PREFIX}expert_indices", interventions={name: lambda v, s: -v})
+    assert int(flipped[f"{PREFIX}expert_indices"].max()) == 2
+
+
 def test_a_router_that_cannot_be_routed_anew_says_so() -> None:
     hf, inputs = zoo.tiny("mixtral"), zoo.inputs()
     gate = hf.model.layers[LAYER].mlp.gate
