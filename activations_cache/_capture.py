@@ -176,6 +176,7 @@ class _Writer:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.buffer: ShardBuffer | None = None
+        self.failed = False
         self.moments = {spec.name: Moments.empty(spec.shape) for spec in job.specs if spec.floating}
         remove_partials(job.out)
         held = held_manifest(job, resume=True)  # again, now that nobody else can write
@@ -198,7 +199,10 @@ class _Writer:
             self.moments[name].add(moment)
 
     def place(self, shard: Shard, number: int, values: dict[str, tuple[AnyArray, Moments | None]]) -> None:
-        """Take batch `number` of a shard; commit the shard if it is the last."""
+        """Take batch `number` of a shard; commit the shard if it is the last. After a failure nothing more is taken."""
+        if self.failed:
+            return
+        self.failed = True  # until this batch is through: a later shard must never be committed over a gap
         if self.buffer is None:
             self.buffer = self._new_buffer(shard)
         for name, (rows, moments) in values.items():
@@ -208,6 +212,7 @@ class _Writer:
         if number == len(shard.batches) - 1:
             full, self.buffer = self.buffer, None
             self._commit(shard, full)
+        self.failed = False
 
     def _new_buffer(self, shard: Shard) -> ShardBuffer:
         job, start, stop = self.job, shard.first_sequence, shard.first_sequence + shard.sequences

@@ -27,9 +27,13 @@ from activations_cache.store import (
     json_digest,
 )
 
-COLUMN_TYPES = {"int": h5py.h5t.STD_I64LE, "float": h5py.h5t.IEEE_F64LE, "bool": h5py.h5t.STD_I8LE}
-
-
+COLUMN_TYPES = {
+    "int": h5py.h5t.STD_I64LE,
+    "float": h5py.h5t.IEEE_F64LE,
+    "bool": h5py.h5t.STD_I8LE,
+    "string": h5py.h5t.py_create(h5py.string_dtype(), logical=True),
+}
+FILL = {"int": np.int64(-1), "float": np.float64(np.nan), "bool": np.int8(-1), "string": None}  # strings: empty
 WRITER = f"h5py {h5py.version.version}, HDF5 {h5py.version.hdf5_version}"
 
 
@@ -114,11 +118,7 @@ def _write_sequences(file: h5py.File, directory: Path, manifest: Mapping[str, An
     _virtual(file, "sequences/input_ids", h5py.h5t.STD_I32LE, (), tokens, np.int32(-1))
     rows = [(entry["file"], entry["sequences"]) for entry in manifest["shards"]]
     for name, kind in manifest["data"]["columns"].items():
-        if kind == "string":
-            _virtual_strings(file, f"sequences/{name}", rows)
-        else:
-            fill = np.float64(np.nan) if kind == "float" else np.int64(-1)
-            _virtual(file, f"sequences/{name}", COLUMN_TYPES[kind], (), rows, fill)
+        _virtual(file, f"sequences/{name}", COLUMN_TYPES[kind], (), rows, FILL[kind])
 
 
 def _lengths(shard: Path, sequences: int) -> Any:
@@ -138,7 +138,8 @@ def _virtual(
     space = h5py.h5s.create_simple((total, *shape))
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_obj_track_times(False)  # the same cache gives the same bytes
-    properties.set_fill_value(np.asarray(fill))
+    if fill is not None:
+        properties.set_fill_value(np.asarray(fill))
     start = 0
     for source, rows in parts:
         if rows:
@@ -148,12 +149,3 @@ def _virtual(
     space.select_all()
     group = file.require_group(name.rpartition("/")[0])
     h5py.h5d.create(group.id, name.rpartition("/")[2].encode(), kind, space, properties)
-
-
-def _virtual_strings(file: h5py.File, name: str, parts: list[tuple[str, int]]) -> None:
-    layout = h5py.VirtualLayout((sum(rows for _, rows in parts),), dtype=h5py.string_dtype())
-    start = 0
-    for source, rows in parts:
-        layout[start : start + rows] = h5py.VirtualSource(source, name, shape=(rows,))
-        start += rows
-    file.create_virtual_dataset(name, layout)

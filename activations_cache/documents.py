@@ -6,7 +6,6 @@ into `Tokens`, with BOS, chat template and over-long texts each handled explicit
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -123,7 +122,7 @@ def _read_file(path: Path, text_column: str) -> list[Any]:
             import pandas as pd
 
             return list(pd.read_parquet(path).to_dict("records"))
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, OSError) as error:
+    except (ValueError, OSError) as error:  # bad UTF-8, bad JSON, bad parquet
         raise DataError(f"{path} could not be read as {suffix[1:]} in UTF-8: {error}") from error
     raise DataError(f"{path}: unknown kind of data file {suffix!r}; expected one of {', '.join(FILE_SUFFIXES)}")
 
@@ -361,8 +360,8 @@ def _column(values: list[Any]) -> Column | None:
     missing = any(value is None for value in plain)
     if kinds == {bool} and not missing:
         return Column("bool", plain)
-    if kinds == {int} and not missing and all(-(2**63) <= value < 2**63 for value in plain):
-        return Column("int", plain)
+    if kinds == {int} and not missing:
+        return Column("int", plain) if all(-(2**63) <= value < 2**63 for value in plain) else None
     if kinds and kinds <= {int, float}:
         return Column("float", [math.nan if value is None else float(value) for value in plain])
     if kinds == {str}:

@@ -250,6 +250,19 @@ def write_shard(
         The entry for the manifest, which the caller commits next.
     """
     partial = directory / f".{name}{PARTIAL}"
+    try:
+        _write_shard(partial, buffer, specs, identity)
+    except RuntimeError as error:  # what h5py makes of a failed write when it closes the file
+        raise OSError(str(error)) from error
+    fsync(partial)
+    digest, size = file_sha256(partial), partial.stat().st_size
+    partial.replace(directory / name)
+    fsync(directory)
+    first, count = buffer.first_sequence, len(buffer.stored)
+    return ShardEntry(name, first, count, buffer.first_row, buffer.rows, size, digest)
+
+
+def _write_shard(partial: Path, buffer: ShardBuffer, specs: Sequence[SiteSpec], identity: str) -> None:
     with h5py.File(partial, "w") as file:
         file.attrs.update({"format": FORMAT, "version": VERSION, "identity": identity, "crc_rows": CRC_ROWS})
         numbers = {"first_sequence": buffer.first_sequence, "sequences": len(buffer.stored)}
@@ -263,12 +276,6 @@ def write_shard(
         _write_sequences(file, buffer)
         _write_moments(file, buffer.moments)
         file.flush()
-    fsync(partial)
-    digest, size = file_sha256(partial), partial.stat().st_size
-    partial.replace(directory / name)
-    fsync(directory)
-    first, count = buffer.first_sequence, len(buffer.stored)
-    return ShardEntry(name, first, count, buffer.first_row, buffer.rows, size, digest)
 
 
 def _write_raw(file: h5py.File, name: str, values: AnyArray, kind: Any) -> None:
