@@ -177,6 +177,7 @@ def shards_are_the_manifests(directory: Path) -> None:
         path = directory / entry["file"]
         _require(re.fullmatch(r"shard-\d{5,}\.h5", entry["file"]), f"{entry['file']!r} is no shard's name")
         _require(path.is_file(), f"{entry['file']} is missing")
+        _require(path.resolve().parent == directory.resolve(), f"{entry['file']} is a link out of the directory")
         _require(path.stat().st_size == entry["bytes"], f"{entry['file']} has another size than {entry['bytes']}")
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         _require(digest == entry["sha256"], f"{entry['file']} has another SHA-256")
@@ -322,7 +323,7 @@ def statistics_are_of_the_stored_rows(directory: Path) -> None:
 
 
 def _close(found: Any, wanted: Any, values: Any, what: str) -> None:
-    scale = float(np.abs(values).max()) + 1e-30
+    scale = float(np.nanmax(np.abs(values))) + 1e-30
     _require(found.shape == np.shape(wanted), f"{what} has shape {found.shape}")
     _require(np.allclose(found, wanted, rtol=1e-5, atol=1e-5 * max(scale, scale**2)), f"{what} is not the stored rows'")
 
