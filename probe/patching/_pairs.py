@@ -14,7 +14,7 @@ from probe.scoring import answer_tokens
 if TYPE_CHECKING:
     from probe.models import Model
 
-ROLES = ("before", "first changed", "middle changed", "last changed", "after", "last")
+ROLES = ("before", "first changed", "middle changed", "last changed", "all changed", "after", "last")
 
 
 @dataclass(frozen=True)
@@ -229,6 +229,7 @@ def _span(pair: Tokenised) -> Iterator[Slot]:
         range(0) if single else range(first, first + 1),
         range(first + 1, last),
         range(last, last + 1),
+        range(first, last + 1),
         range(last + 1, end),
         range(max(end, last + 1), end + 1),
     )

@@ -91,8 +91,9 @@ def patch(
             given positions are patched together, by default all.
         align: How positions of pairs of different length are put into one column. `"start"` and `"end"` count from
             there, restricted to positions that all pairs have; `"auto"` is `"start"` where all pairs are equally long,
-            else `"end"`; `"span"` patches by role, the positions of a role together: before, first / middle / last
-            changed token, after, last.
+            else `"end"`; `"span"` patches by role, the positions of a role together: before the first changed
+            token, first / middle / last changed token, all from the first to the last changed one, after them, the last
+            token of the prompt.
         bos: Whether a BOS token comes first; None leaves it to the tokenizer.
         batch_size: Runs per forward; bounds the memory.
         n_random: Random twins per pair and cell: instead of the difference of the two runs, a random vector of the same

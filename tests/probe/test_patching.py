@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -169,8 +171,15 @@ def test_resid_mid_equals_a_hook_that_changes_both_branches(llama):
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_equals_transformer_lens(kind):
+    """Every component against TransformerLens's own patching functions, through the bridge."""
     import transformer_lens.patching as tl
 
+    theirs = {
+        "resid_pre": tl.get_act_patch_resid_pre,
+        "attn_out": tl.get_act_patch_attn_out,
+        "mlp_out": tl.get_act_patch_mlp_out,
+        "z": tl.get_act_patch_attn_head_out_all_pos,
+    }
     model = tiny(kind, seed=1)
     row = ROWS[1]
     bridge = wrap(model.hf, name=kind).bridge
@@ -178,12 +187,13 @@ def test_equals_transformer_lens(kind):
     answer, wrong = (model.tokenizer(row[k], add_special_tokens=False).input_ids[0] for k in ("answer", "wrong"))
     with torch.no_grad():
         _, cache = bridge.run_with_cache(clean)
-        theirs = tl.get_act_patch_resid_pre(
-            bridge, corrupted, cache, lambda logits: logits[0, -1, answer] - logits[0, -1, wrong]
-        )
-    ours = patch(model, Pairs.from_rows([row]), n_random=0, progress=False)
-    grid = ours.table.pivot(index="layer", columns="position", values="raw").to_numpy()
-    np.testing.assert_allclose(grid, theirs.numpy(), atol=1e-5)
+    for component, function in theirs.items():
+        with torch.no_grad():
+            grid = function(bridge, corrupted, cache, lambda logits: logits[0, -1, answer] - logits[0, -1, wrong])
+        ours = patch(model, Pairs.from_rows([row]), component=component, n_random=0, progress=False).table
+        columns = "head" if component == "z" else "position"
+        table = ours.pivot(index="layer", columns=columns, values="raw")
+        np.testing.assert_allclose(table.to_numpy(), grid.numpy(), atol=1e-5, err_msg=component)
 
 
 def test_identities_of_the_first_layer(model):
@@ -191,6 +201,7 @@ def test_identities_of_the_first_layer(model):
     np.testing.assert_allclose(whole.table.score, 1, atol=1e-4)  # all of the residual stream: the clean run itself
     assert list(whole.table.position) == ["all", "all"]
     spans = patch(model, PAIRS, align="span", n_random=0, layers=0, progress=False).table.set_index("token").score
+    np.testing.assert_allclose(spans["all changed"], 1, atol=1e-4)
     np.testing.assert_allclose(spans[["before", "after", "last"]], 0, atol=1e-5)  # same tokens there: same embeddings
     single = patch(model, ONE, align="span", n_random=0, layers=0, progress=False).table.set_index("token").score
     np.testing.assert_allclose(single["last changed"], 1, atol=1e-4)  # one token differs: it is the whole difference
@@ -335,6 +346,44 @@ def test_the_model_is_left_alone(llama):
     llama.hf.eval()
     assert llama.weights_hash == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in llama.hf.modules())
+
+
+def test_facts_are_read_at_the_name_early_and_at_the_end_late():
+    """On a model trained to know people, the answer sits at the name first and at the last token in the end."""
+    import probe
+
+    organism = probe.organisms.facts(size="small", progress=False)
+    pairs = organism.pairs("forget", n=16, phrasing="*")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a pair or two that the model does not know
+        pre, post = (
+            patch(organism.model, pairs, component=f"resid_{side}", align="span", progress=False)
+            for side in ("pre", "post")
+        )
+    early, late = (t.pivot(index="layer", columns="token", values="score") for t in (pre.table, post.table))
+    end = int(post.table.layer.max())
+    np.testing.assert_allclose(early.loc[0, ["all changed", "last"]], [1, 0], atol=1e-3)
+    np.testing.assert_allclose(late.loc[end, ["last", "all changed", "after", "before"]], [1, 0, 0, 0], atol=1e-3)
+    assert early.loc[end, "all changed"] < 0.7  # on the way the answer leaves the name
+    assert early.loc[end, "last"] > 0.3  # and comes to where it is read
+    cells = post.table.set_index(["layer", "token"])
+    assert cells.loc[(end, "last"), "low"] > cells.loc[(end, "last"), "twin_high"]  # a random change does not do it
+    assert pre.settings["n_used"] >= 8
+
+
+def test_a_real_checkpoint(shared_data):
+    """A model that nobody here trained: patching all of a layer gives the clean run, patching equal tokens nothing."""
+    import probe
+
+    model = probe.load(shared_data / "tinystories-656k", device="cpu")
+    clean = "Once upon a time there was a girl named Lily. She had a brother. One day,"
+    corrupted = "Once upon a time there was a boy named Lily. She had a brother. One day,"
+    settings = {"answer": "she", "wrong": "he", "n_random": 1, "progress": False}
+    whole = patch(model, clean, corrupted, positions="all", **settings)
+    np.testing.assert_allclose(whole.table.score, 1, atol=1e-3)
+    first = patch(model, clean, corrupted, align="span", layers=0, **settings).table.set_index("token").score
+    np.testing.assert_allclose(first[["last changed", "all changed"]], 1, atol=1e-3)
+    np.testing.assert_allclose(first[["before", "after", "last"]], 0, atol=1e-3)
 
 
 def test_pairs_that_the_metric_cannot_tell_apart_are_left_out_and_counted(llama):
