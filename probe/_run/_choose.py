@@ -36,7 +36,7 @@ class Chosen:
 
 
 def choose(recipe: Mapping[str, Any], materials: Materials, found: Found) -> Chosen:
-    """Make every candidate, measure it on the select split, take the one that forgets most among those that keep enough.
+    """Measure every candidate on the select split; take the one that forgets most among those that keep enough.
 
     Raises:
         RecipeError: no candidate could be made; the message gives the reasons.
@@ -135,3 +135,18 @@ def _twins(
             {"edit": f"random twin {i + 1}", **_measure(materials, _edit(candidate, materials, twin), "evaluate")}
         )
     return pd.DataFrame(rows)
+
+
+def sentence(chosen: Chosen, most: float, split_by: str) -> str:
+    """How the edit was chosen, in words."""
+    row = chosen.table[chosen.table["chosen"]].iloc[0]
+    kept = row["retain_drop"] <= most
+    rule = (
+        f"the most forgetting at a loss of at most {most:.0%} of the retained probability"
+        if kept
+        else f"no candidate lost at most {most:.0%} of the retained probability, so the best difference was taken"
+    )
+    return (
+        f"Of {len(chosen.table) - 1} candidate edits, {row['candidate']} of rank {row['rank']} was chosen on "
+        f"{split_by}s that neither located the target nor score the edit: {rule}."
+    )

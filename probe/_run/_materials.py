@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from probe.data import Labelled, Pairs, Questions, split_groups, word_data
 from probe.errors import DataError, RecipeError
 from probe.models import Model, load
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PARTS = ("locate", "select", "evaluate")
 
@@ -33,7 +36,8 @@ class Materials:
         unseen: The forget questions in phrasings never trained on, or None.
         unseen_retain: The same for retain, or None.
         gold: Gold retrains; empty where there are none.
-        facts: What is known about the model beforehand, for the report.
+        tables: What is known about the model beforehand, for the report.
+        notes: The same in a line or two.
     """
 
     model: Model
@@ -50,7 +54,8 @@ class Materials:
     unseen: Questions | None = None
     unseen_retain: Questions | None = None
     gold: Sequence[Model] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 def gather(recipe: Mapping[str, Any], progress: bool = True) -> Materials:
@@ -96,7 +101,7 @@ def _from_organism(recipe: Mapping[str, Any], progress: bool) -> Materials:
         unseen=organism.unseen("forget"),
         unseen_retain=organism.unseen("retain"),
         gold=list(gold),
-        facts={"organism": organism},
+        tables={"what the organism knows": organism.to_df()},
     )
 
 
@@ -132,7 +137,7 @@ def _from_word(recipe: Mapping[str, Any], model: Model) -> Materials:
         fluency=[text for i, text in enumerate(texts) if i not in spoken_for and not without.search(text)][:200],
         split_by="text",
         noun="texts",
-        facts={"word": data["word"], "others": list(data["others"]), "corpus": data["corpus"], "texts": len(texts)},
+        notes=[f"forget {data['word']!r}, retain {', '.join(data['others'])}; {len(texts)} texts"],
     )
 
 
@@ -163,7 +168,6 @@ def _from_files(recipe: Mapping[str, Any], model: Model) -> Materials:
         split_by="group",
         noun="groups",
         holdout=Questions.load(data["holdout"]) if "holdout" in data else None,
-        facts={key: data[key] for key in ("forget", "retain")},
     )
 
 

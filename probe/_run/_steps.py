@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from probe._run._materials import Materials
+from probe.data import Questions, split_groups
 from probe.targets import Experts, Scores, Target
 
 
@@ -41,23 +43,33 @@ class ExpertsFound:
 
 def capture(recipe: Mapping[str, Any], materials: Materials, out: Path, progress: bool) -> Any:
     """Activations of the labelled texts, at their last token."""
-    import activations_cache as ac
-
     frame = pd.DataFrame(
         {"text": materials.labelled.texts, "label": [str(x) for x in materials.labelled.labels]}
         | {"group": materials.labelled.groups}
     )
     settings = recipe["capture"]
-    return ac.capture(
+    return _captured(
+        out / "cache" / "labelled",
         materials.model,
         frame,
         settings["sites"],
-        out / "cache" / "labelled",
         positions="last",
         dtype=settings["dtype"],
         batch_tokens=settings["batch_tokens"],
         progress=progress,
     )
+
+
+def _captured(place: Path, model: Any, data: Any, sites: list[str], **settings: Any) -> Any:
+    """Capture; a cache of something else that an earlier run left in this run's own directory is replaced."""
+    import activations_cache as ac
+    from activations_cache.errors import CacheMismatchError
+
+    try:
+        return ac.capture(model, data, sites, place, **settings)
+    except CacheMismatchError:
+        shutil.rmtree(place)
+        return ac.capture(model, data, sites, place, **settings)
 
 
 def sweep(recipe: Mapping[str, Any], materials: Materials, cache: Any, progress: bool) -> Scores:
@@ -101,14 +113,12 @@ def latents(
     recipe: Mapping[str, Any], materials: Materials, cache: Any, site: str, out: Path, progress: bool
 ) -> tuple[Any, Any, Scores, pd.DataFrame]:
     """An SAE of one site, trained on the corpus; its latents scored by how they separate the labels."""
-    import activations_cache as ac
     import saes
     from probe import features
 
     settings = recipe["sae"]
-    texts = ac.capture(
-        materials.model, list(materials.texts), [site], out / "cache" / "corpus", dtype="float32", progress=progress
-    )
+    place = out / "cache" / "corpus"
+    texts = _captured(place, materials.model, list(materials.texts), [site], dtype="float32", progress=progress)
     sae = saes.train(
         texts,
         site,
@@ -120,18 +130,14 @@ def latents(
         out=out / "sae",
         progress=progress,
     )
-    scores = features.latents(cache, site, sae, "label", str(materials.positive), "group", seed=recipe["seed"])
-    top = scores.ranking()[:5]
-    shown = [
-        features.contexts(
-            texts, site, sae, int(scores.table.at[row, "latent"]), n=3, tokenizer=materials.model.tokenizer
-        )
-        for row in top
-    ]
-    return sae, saes.evaluate(sae, texts, site), scores, pd.concat(shown, ignore_index=True)
+    positive = str(materials.positive)
+    scores = features.latents(cache, site, sae, "label", positive, "group", seed=recipe["seed"], progress=progress)
+    top = [int(scores.table.at[row, "latent"]) for row in scores.ranking()[:5]]
+    shown = features.contexts(texts, site, sae, top, n=3, tokenizer=materials.model.tokenizer)
+    return sae, saes.evaluate(sae, texts, site), scores, shown.to_df()
 
 
-def experts(recipe: Mapping[str, Any], progress: bool) -> ExpertsFound:
+def experts(recipe: Mapping[str, Any], out: Path, progress: bool) -> ExpertsFound:
     """Which expert of a small mixture holds a domain, and what switching it off does."""
     from probe import experts as room
     from probe import organisms
@@ -139,14 +145,26 @@ def experts(recipe: Mapping[str, Any], progress: bool) -> ExpertsFound:
     settings = recipe["experts"]
     organism = organisms.experts(size=settings["size"], kind=settings["kind"], seed=recipe["seed"], progress=progress)
     domain = settings["domain"] or organism.domains[0]
-    forget = organism.splits[domain]
-    retain = [row for name in organism.domains if name != domain for row in organism.splits[name]]
+    asked = {name: _halves(organism.splits[name]) for name in organism.domains}
+    forget = asked[domain][0]
+    retain = Questions(row for name, (located, _) in asked.items() if name != domain for row in located)
     scores = room.attribute(
-        organism.model, [row.question for row in forget], [row.question for row in retain], seed=recipe["seed"]
+        organism.model,
+        forget,
+        retain,
+        seed=recipe["seed"],
+        cache_dir=out / "cache" / "experts",
+        progress=progress,
     )
-    planted = [pair for pair in organism.planted.get(domain, [])]
+    planted = list(organism.planted.get(domain, []))
     target = scores.top(max(1, len(planted)))
     assert isinstance(target, Experts)
-    sets = {name: organism.splits[name] for name in organism.domains}
+    sets = {name: held_out for name, (_, held_out) in asked.items()}
     removal = room.removal(organism.model, target, sets, n_random=5, seed=recipe["seed"], progress=progress)
     return ExpertsFound(organism, domain, scores, target, removal, planted)
+
+
+def _halves(questions: Questions) -> tuple[Questions, Questions]:
+    """Half of the groups to locate with, half to evaluate on."""
+    parts = split_groups(questions.groups, {"locate": 1, "evaluate": 1})
+    return questions.take(parts["locate"]), questions.take(parts["evaluate"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,7 +32,12 @@ class Teller:
         self.console.print(f"[bold cyan]\\[{number}/{self.total}][/] [bold]{name}[/]")
         started = time.perf_counter()
         found: list[str] = []
-        yield found
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            yield found
+        found += [
+            f"note: {text}" for text in dict.fromkeys(str(w.message) for w in caught if w.category is UserWarning)
+        ]
         self.seconds[name] = time.perf_counter() - started
         for line in found:
             self.console.print(f"      {line}", markup=False, soft_wrap=True)

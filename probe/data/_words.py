@@ -15,11 +15,11 @@ from probe.errors import DataError
 
 @dataclass(frozen=True)
 class WordData:
-    """What `word_data` makes. The group of every row is its text, so splits by group share no text.
+    """What `word_data` makes. The group of every row is its text; `forget` and `retain` share no text.
 
     Attributes:
         forget: Contexts that call for the word.
-        retain: Contexts that call for one of the others.
+        retain: Contexts that call for one of the others, from texts without the word.
         labelled: All these contexts, each labelled with the word that it calls for.
         pairs: Contexts of the word beside the same with another word in its place.
     """
@@ -61,7 +61,8 @@ def word_data(
         raise DataError(f"The word to forget, {word!r}, is also among the words to retain.")
     rng = np.random.default_rng(seed)
     forget = _sample([*_contexts(texts, [word], max_words)], max_rows, rng)
-    retain = _sample([*_contexts(texts, list(others), max_words)], max_rows, rng)
+    without = ["" if re.search(rf"\b{re.escape(word)}\b", text) else text for text in texts]
+    retain = _sample([*_contexts(without, list(others), max_words)], max_rows, rng)
     for rows, words in ((forget, [word]), (retain, others)):
         if len(rows) < 8:
             raise DataError(
