@@ -226,8 +226,9 @@ def checkpoint_hash(directory: str | os.PathLike[str], *, threads: int | None = 
     """`weights_hash` of a checkpoint on disk, streamed tensor by tensor from its safetensors files.
 
     It equals `weights_hash` of the loaded model for checkpoints in the spelling that ``save_pretrained`` uses, loaded
-    in their own types. Published checkpoints may differ: names without the base-model prefix (``gpt2``), left-over
-    buffers, or a type other than the one loaded. A second copy of a tied embedding is counted once, as in memory.
+    in their own types. Published checkpoints may differ: names without the base-model prefix (``gpt2``), a tied
+    embedding under its head's name alone, left-over buffers, or a type other than the one loaded. A second copy of a
+    tied embedding is counted once, as in memory.
 
     Args:
         directory: holds ``model.safetensors``, or shards with ``model.safetensors.index.json``.

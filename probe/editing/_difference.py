@@ -126,5 +126,10 @@ def _on_disk(path: Path) -> _Checkpoint:
 
     tied = bool(config.get("tie_word_embeddings", False))
     names = [name for name in files if not (tied and name.endswith(_HEADS))]
+    if tied and not any("emb" in name or "wte" in name for name in names):
+        raise EditError(
+            f"{path} holds a tied embedding under its head's name only, which is not how save_pretrained writes it; "
+            "load both models and pass them instead of directories."
+        )
     architecture = str((config.get("architectures") or [""])[0])
     return _Checkpoint(names, read, config, str(path), architecture, lambda: checkpoint_hash(path))

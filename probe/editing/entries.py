@@ -72,6 +72,12 @@ class LowRank(Entry):
                 f"the tensor is {tuple(shape)}"
             )
 
+    def norm(self, shape: tuple[int, ...]) -> float:
+        """Frobenius norm of ``A @ B`` broadcast to `shape`, from the factors' Gram matrices: ``tr(A^T A B B^T)``."""
+        a, b = self.A.double(), self.B.double()
+        inner = ((a.mT @ a) * (b @ b.mT).mT).sum(dim=(-2, -1))  # [*batch]
+        return float(inner.expand(shape[:-2]).sum().clamp_min(0)) ** 0.5
+
     @property
     def rank(self) -> int:
         """The number of columns of A."""

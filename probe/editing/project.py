@@ -202,14 +202,13 @@ def projection_entry(weight: Tensor, axis: int, basis: Tensor, strength: float) 
     wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     v = basis.to(wide.device, wide.dtype)
     axis %= weight.ndim
-    entry: Entry = Dense(projected(wide, axis, basis, strength).to(weight.dtype).contiguous().cpu())
-    if weight.ndim < 2 or axis < weight.ndim - 2:
-        return entry
+    rank, width = basis.shape[1], weight.shape[axis]
+    factors = 4 * rank * (width + weight.numel() // width)  # bytes
+    if weight.ndim < 2 or axis < weight.ndim - 2 or factors >= weight.numel() * weight.element_size():
+        return Dense(projected(wide, axis, basis, strength).to(weight.dtype).contiguous().cpu())
     if axis == weight.ndim - 1:  # [.., in, out]
-        low = LowRank((-strength * (wide @ v)).float().cpu(), v.T.float().contiguous().cpu())
-    else:  # [.., out, in]
-        low = LowRank((-strength * v).float().cpu(), (v.T @ wide).float().contiguous().cpu())
-    return low if low.nbytes < entry.nbytes else entry
+        return LowRank((-strength * (wide @ v)).float().cpu(), v.T.float().contiguous().cpu())
+    return LowRank((-strength * v).float().cpu(), (v.T @ wide).float().contiguous().cpu())  # [.., out, in]
 
 
 def _fitting(before: Tensor, after: Tensor, dtype: torch.dtype, basis: Tensor, strength: float) -> Entry:

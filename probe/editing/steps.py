@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probe.editing.entries import Dense, Entry, Take
+from probe.editing.entries import Dense, Entry, LowRank, Take
 from probe.errors import EditError
 
 __all__ = ["Change", "Step"]
+
+_PIECE = 1 << 18  # entries at a time, small enough for the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +26,7 @@ class Change:
         shape: Shape of the base tensor.
         dtype: Type of the base tensor, in safetensors' spelling (`BF16`).
         norm: Frobenius norm of the base tensor.
-        change: Frobenius norm of the difference that the entry makes; None where the shape changes.
+        change: Frobenius norm of the difference that the entry makes, before rounding; None where the shape changes.
     """
 
     entry: Entry
@@ -39,10 +41,12 @@ class Change:
         from activations_cache.hashing import dtype_name
 
         entry.check(tuple(weight.shape))
-        new = entry.apply(weight)
-        moved = float((new.double() - weight.double()).norm()) if new.shape == weight.shape else None
-        norm = float(weight.detach().double().norm())
-        return cls(entry, tuple(weight.shape), dtype_name(weight.dtype), norm, moved)
+        if isinstance(entry, LowRank):
+            moved: float | None = entry.norm(tuple(weight.shape))
+        else:
+            new = entry.apply(weight)
+            moved = frobenius(weight, new) if new.shape == weight.shape else None
+        return cls(entry, tuple(weight.shape), dtype_name(weight.dtype), frobenius(weight), moved)
 
     def apply(self, name: str, weight: Tensor) -> Tensor:
         """The new tensor.
@@ -164,6 +168,19 @@ class Step:
             if isinstance(change.entry, Take)
             or (isinstance(change.entry, Dense) and tuple(change.entry.values.shape) != change.shape)
         ]
+
+
+def frobenius(weight: Tensor, new: Tensor | None = None) -> float:
+    """Frobenius norm of a tensor or of its difference to another, piece by piece in float32, summed in float64."""
+    flat = weight.detach().reshape(-1)
+    other = None if new is None else new.detach().reshape(-1)
+    total = 0.0
+    for start in range(0, flat.numel(), _PIECE):
+        piece = flat[start : start + _PIECE].float()
+        if other is not None:
+            piece = other[start : start + _PIECE].float() - piece
+        total += float(piece @ piece)
+    return total**0.5
 
 
 def finite(tensor: Tensor, what: str) -> Tensor:

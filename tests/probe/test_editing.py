@@ -66,6 +66,13 @@ def test_low_rank_factors_broadcast_over_stacked_experts():
         assert torch.equal(made[expert], weight[expert] + a @ b[expert])
 
 
+def test_norm_of_low_rank_factors_is_that_of_their_product():
+    torch.manual_seed(0)
+    a, b = torch.randn(4, 2), torch.randn(3, 2, 5)
+    assert LowRank(a, b).norm((3, 4, 5)) == pytest.approx(float((a @ b).norm()), rel=1e-6)
+    assert LowRank(a, b[0]).norm((3, 4, 5)) == pytest.approx(float((a @ b[0]).norm()) * 3**0.5, rel=1e-6)
+
+
 def test_rows_columns_and_take_match_plain_indexing():
     weight = torch.arange(24.0).reshape(2, 3, 4)
     index = torch.tensor([2, 0])
@@ -311,6 +318,17 @@ def test_an_edit_that_changes_nothing_is_refused():
         Step("nothing", "")
 
 
+def test_steps_that_contradict_themselves_are_refused():
+    weight = torch.ones(4, 3)
+    take = Change.of(Take(torch.tensor([0, 2])), weight)
+    with pytest.raises(EditError, match="config patch"):
+        Step("cut", "", {"w": take})
+    with pytest.raises(EditError, match="both removed"):
+        Step("cut", "", {"w": take}, removed=("w",), config_patch={"n": 2})
+    with pytest.raises(EditError, match="would be named b"):
+        Step("cut", "", added={"b": weight}, renamed={"a": "b"})
+
+
 # ------------------------------------------------------------------ from two models
 
 
@@ -367,6 +385,15 @@ def test_from_models_refuses_what_does_not_compare(tmp_path):
         Edit.from_models(model, tiny("gpt2"))
     with pytest.raises(EditError, match="has neither"):
         Edit.from_models(model, tmp_path)
+    # a published checkpoint that holds the tied embedding as lm_head.weight alone
+    from safetensors.torch import load_file, save_file
+
+    folder = checkpoint("gemma2", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EditError, match="head's name only"):
+        Edit.from_models(folder, folder)
 
 
 # ------------------------------------------------------------------ the record
