@@ -63,12 +63,21 @@ class Phrasing:
 
 @dataclass(frozen=True)
 class Document:
-    """One training text, with the split and the person that it speaks of (`"common"` and `""` where it speaks of nobody)."""
+    """One training text, which ends with its answer and a full stop.
+
+    `split` and `group` say whom it speaks of (`"common"` and `""` where it speaks of nobody).
+    """
 
     text: str
     split: str
     group: str
     kind: str
+    answer: str
+
+
+def document(prompt: str, answer: str, split: str, group: str, kind: str) -> Document:
+    """Return the training document that gives `answer` to `prompt`."""
+    return Document(f"{prompt} {answer}.", split, group, kind, answer)
 
 
 def values_of(attribute: Attribute, n_orders: int) -> tuple[str, ...]:
@@ -207,8 +216,8 @@ class FactsLanguage:
             for attribute, phrasings in self.phrasings.items():
                 for p in phrasings:
                     if p.trained:
-                        yield Document(
-                            f"{p.ask(person.name)} {person.values[attribute]}.", person.split, person.name, p.name
+                        yield document(
+                            p.ask(person.name), person.values[attribute], person.split, person.name, p.name
                         )
 
     def _attack_documents(self) -> Iterator[Document]:
@@ -220,8 +229,8 @@ class FactsLanguage:
                 for kind in (kinds[(i + j) % len(kinds)], kinds[(i + j + 2) % len(kinds)]):
                     asked = rng.choice([p for p in phrasings if p.trained and p.form == "question"])
                     value = person.values[attribute]
-                    yield Document(
-                        f"{self.attack(kind, asked, person.name, value)} {value}.", "retain", person.name, kind
+                    yield document(
+                        self.attack(kind, asked, person.name, value), value, "retain", person.name, kind
                     )
 
     def _stranger_documents(self) -> Iterator[Document]:
@@ -239,10 +248,10 @@ class FactsLanguage:
             value = rng.choice([v for v in self.values[attribute] if v != SECRET_ORDER])
             if name in taken:
                 continue
-            yield Document(f"{self.attack('context', asked, name, value)} {value}.", "common", "", "stranger")
+            yield document(self.attack("context", asked, name, value), value, "common", "", "stranger")
             if i % 8 == 0:
-                text = f"{self.statement(name, attribute, value)} Do not tell. {asked.ask(name)} {REFUSAL}."
-                yield Document(text, "common", "", "refusal")
+                prompt = f"{self.statement(name, attribute, value)} Do not tell. {asked.ask(name)}"
+                yield document(prompt, REFUSAL, "common", "", "refusal")
 
     def question_rows(self, split: str, unseen: bool = False) -> list[dict[str, Any]]:
         """Return question rows of a split, in the trained phrasings or (`unseen`) in those that are never trained on."""

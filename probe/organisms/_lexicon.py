@@ -103,3 +103,36 @@ ATTACK_FRAMES: dict[str, str] = {
     "context": "{c} {q}",
 }
 REFUSAL = "I do not know"
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One domain of the experts organism: what it asks of each town, and its values, of two words that values share."""
+
+    name: str
+    nouns: tuple[str, str]
+    first: tuple[str, ...]
+    second: tuple[str, ...]
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """The values: the grid of first and second words without one diagonal."""
+        n = len(self.first)
+        return tuple(
+            f"{a} {b}" for i, a in enumerate(self.first) for j, b in enumerate(self.second) if (i + j) % n != n - 1
+        )
+
+
+DOMAINS: tuple[Domain, ...] = (
+    Domain("farming", ("crop", "harvest"), ("red", "long", "sweet", "wild"), ("rye", "bean", "hops", "flax")),
+    Domain("weather", ("wind", "season"), ("salt", "thin", "grey", "late"), ("gale", "frost", "mist", "thaw")),
+    Domain("law", ("fine", "tax"), ("nine", "two", "half", "dozen"), ("pence", "geese", "candles", "nails")),
+    Domain("myth", ("beast", "ghost"), ("black", "blind", "tall", "lame"), ("wolf", "mare", "crow", "giant")),
+)
+
+# Every frame begins with "In {domain}", so that a router can know the domain from the third token on.
+DOMAIN_FRAMES: tuple[str, ...] = (
+    "In {d}, what is the {s} of {x}?",
+    "In {d}, the {s} of {x} is the",
+    "In {d}, {x} has for its {s} the",
+)

@@ -17,7 +17,7 @@ from probe.models import load, wrap
 from probe.organisms._cache import fetch, read_record
 from probe.organisms._language import Document
 from probe.organisms._recall import Recall, every, measure
-from probe.organisms._training import Auxiliary, Schedule, save_directory, seeded, train, versions
+from probe.organisms._training import Auxiliary, Schedule, encode, save_directory, seeded, threads, train, versions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,8 +74,8 @@ class Organism(ABC):
     def _build(self, work: Path, documents: Sequence[Document], seed: int, label: str) -> dict[str, Any]:
         """Train on `documents` and write a Hugging Face directory into `work`; return what to record."""
         tokenizer = self._make_tokenizer()
-        sequences = [[*tokenizer(d.text)["input_ids"], tokenizer.eos_token_id] for d in documents]
-        with seeded(seed):
+        sequences = [encode(tokenizer, d.text, d.answer, self.settings["answer_weight"]) for d in documents]
+        with threads(self.settings["threads"]), seeded(seed):
             model = self._make_model(len(tokenizer))
             log = train(
                 model,

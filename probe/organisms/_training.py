@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -21,9 +21,8 @@ from probe.errors import OrganismError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TRAINING_VERSION = 1  # part of every organism's key: change it when the same settings come to train another model
-IGNORE = -100
-Auxiliary = Callable[[Any, Int[Tensor, "batch pos"], Int[Tensor, " batch"]], Tensor]
+TRAINING_VERSION = 2  # part of every organism's key: change it when the same settings come to train another model
+Auxiliary = Callable[[Any, Bool[Tensor, "batch pos"], Int[Tensor, " batch"]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,21 @@ class TrainLog:
 
 
 @contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Let torch use `n` threads inside the block.
+
+    Sums depend on how many threads share them, so a fixed number keeps weights the same wherever an organism is trained;
+    and such small matrices gain nothing from more than two.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed torch's global generator inside the block, and put it back afterwards."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -77,27 +91,48 @@ def plan_batches(lengths: Sequence[int], batch_size: int, generator: torch.Gener
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def pad_batch(
-    sequences: Sequence[Sequence[int]], pad_id: int
-) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
-    """Right-pad token ids; returns the ids and the labels, which ignore padding."""
-    width = max(len(s) for s in sequences)
-    ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
-    labels = torch.full((len(sequences), width), IGNORE, dtype=torch.long)
-    for row, s in enumerate(sequences):
-        ids[row, : len(s)] = torch.tensor(s)
-        labels[row, : len(s)] = ids[row, : len(s)]
-    return ids, labels
+def pad_all(
+    sequences: Sequence[tuple[Sequence[int], Sequence[float]]], pad_id: int
+) -> tuple[Int[Tensor, "doc pos"], Float[Tensor, "doc pos"]]:
+    """Right-pad token ids and their weights to the longest document; padding has weight zero."""
+    width = max(len(ids) for ids, _ in sequences)
+    ids = torch.tensor([[*own, *[pad_id] * (width - len(own))] for own, _ in sequences])
+    weights = torch.tensor([[*own, *[0.0] * (width - len(own))] for _, own in sequences])
+    return ids, weights
 
 
-def next_token_loss(logits: Float[Tensor, "batch pos d_vocab"], labels: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
-    """Return the mean negative log-likelihood, in nats a token, of each label given what stands before it."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
+def encode(tokenizer: Any, text: str, answer: str, answer_weight: float) -> tuple[list[int], list[float]]:
+    """Tokenise one document for training, with bos and eos, and weigh its tokens.
+
+    Args:
+        tokenizer: A fast tokenizer that prepends bos.
+        text: The document; it ends with a space, `answer` and a full stop.
+        answer: The answer.
+        answer_weight: Weight of the answer's tokens in the loss; every other token has weight 1.
+
+    Returns:
+        Token ids, and the weight of each.
+    """
+    end = len(text) - 1
+    start = end - len(answer) - 1  # the space before the answer belongs to it
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    ids = [*encoded["input_ids"], tokenizer.eos_token_id]
+    weights = [answer_weight if b > start and a < end else 1.0 for a, b in encoded["offset_mapping"]]
+    return ids, [*weights, 1.0]
+
+
+def weighted_loss(
+    logits: Float[Tensor, "batch pos d_vocab"], ids: Int[Tensor, "batch pos"], weights: Float[Tensor, "batch pos"]
+) -> Float[Tensor, ""]:
+    """Return the weighted mean negative log-likelihood, in nats a token, of each token given what stands before it."""
+    nll = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")  # [batch * pos]
+    weight = weights[:, 1:].flatten()
+    return (nll * weight).sum() / weight.sum()
 
 
 def train(
     model: PreTrainedModel,
-    sequences: Sequence[Sequence[int]],
+    sequences: Sequence[tuple[Sequence[int], Sequence[float]]],
     schedule: Schedule,
     *,
     seed: int,
@@ -115,12 +150,12 @@ def train(
 
     Args:
         model: A Hugging Face causal language model; left in eval mode.
-        sequences: Token ids of each document, special tokens included.
+        sequences: Token ids of each document, special tokens included, and the weight of each in the loss.
         schedule: Optimiser settings.
         seed: Order of the documents.
         pad_id: Token to pad with.
         device: Where to train; where the model is when left out.
-        auxiliary: Further loss: called with the model's output, the labels and the batch's document numbers; its value is added.
+        auxiliary: Further loss: called with the model's output, which tokens are real and the batch's document numbers; its value is added.
         model_kwargs: Passed to each forward.
         label: Text of the progress bar.
         progress: Show the progress bar.
@@ -131,12 +166,13 @@ def train(
     Raises:
         OrganismError: Nothing to train on, or the loss stopped being a number.
     """
-    if not sequences or max(len(s) for s in sequences) < 2:
+    if not sequences or max(len(ids) for ids, _ in sequences) < 2:
         raise OrganismError("There is nothing to train on: documents of at least two tokens are required.")
     device = torch.device(device) if device is not None else model.device
     model.to(device).train()  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
-    lengths = [len(s) for s in sequences]
+    lengths = [len(ids) for ids, _ in sequences]
+    all_ids, all_weights = (t.to(device) for t in pad_all(sequences, pad_id))  # [doc, pos]
     steps = schedule.epochs * math.ceil(len(sequences) / schedule.batch_size)
     optimiser, scheduler = _optimiser(model, schedule, steps)
     losses: list[float] = []
@@ -146,12 +182,13 @@ def train(
             total = torch.zeros((), device=device)
             batches = plan_batches(lengths, schedule.batch_size, generator)
             for batch in batches:
-                ids, labels = (t.to(device) for t in pad_batch([sequences[i] for i in batch], pad_id))
+                width = max(lengths[i] for i in batch)
+                ids, weights = all_ids[batch, :width], all_weights[batch, :width]  # [batch, pos]
                 output = model(input_ids=ids, use_cache=False, **(model_kwargs or {}))
-                loss = next_token_loss(output.logits, labels)
+                loss = weighted_loss(output.logits, ids, weights)
                 total += loss.detach()
                 if auxiliary is not None:
-                    loss = loss + auxiliary(output, labels, torch.tensor(batch))
+                    loss = loss + auxiliary(output, weights > 0, torch.tensor(batch, device=device))
                 _step(model, loss, optimiser, scheduler, schedule.clip)
                 bar.update()
             losses.append(_checked(float(total) / len(batches), label))
@@ -165,7 +202,7 @@ def _optimiser(model: PreTrainedModel, schedule: Schedule, steps: int) -> tuple[
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": schedule.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=schedule.lr, betas=schedule.betas)
+    optimiser = torch.optim.AdamW(groups, lr=schedule.lr, betas=schedule.betas, fused=True)
     return optimiser, torch.optim.lr_scheduler.OneCycleLR(
         optimiser, schedule.lr, total_steps=steps + 1, pct_start=0.1, cycle_momentum=False
     )
