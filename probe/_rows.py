@@ -58,6 +58,17 @@ class Rows:
     def __len__(self) -> int:
         return len(self.y)
 
+    def settings(self, label: Any, group: Any) -> dict[str, str]:
+        """What a result records of the rows: the names of label and group, or that they were given as values."""
+        given = "(given)"
+        return {
+            "label": label if isinstance(label, str) else given,
+            "group": "sequence" if group is None else group if isinstance(group, str) else given,
+            "positive": self.positive,
+            "negative": self.negative,
+            "rows": self.mode,
+        }
+
     @property
     def n_groups(self) -> int:
         """Number of groups."""

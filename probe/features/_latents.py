@@ -84,25 +84,16 @@ def latents(
     sae_name, sae = _opened(sae)
     chosen = _rows.select(cache, label, group, positive, rows)
     acts = _activations(cache, name, sae, chosen, batch_size, progress)  # [n, d_sae], sparse
-    live = np.flatnonzero(np.diff(acts.indptr))
-    if not len(live):
-        raise DataError(f"None of the {acts.shape[1]} latents is active on any of the {len(chosen)} rows.")
-    table, null = _table(acts[:, live], live, chosen, n_controls, seed)
+    table, null = _table(acts, chosen, n_controls, seed)
     _add_intervals(table, acts, chosen, n_boot, n_intervals, seed, progress)
     twins = _add_twins(table, n_twins, seed)
-    table.insert(0, "layer", pd.Series([_rows.layer_of(name)] * len(table), dtype="Int64"))
-    table.insert(0, "site", name)
-    table["n"], table["n_groups"] = len(chosen), chosen.n_groups
+    _add_place(table, name, chosen)
     settings = {
         "site": name,
         "sae": sae_name,
-        "label": label if isinstance(label, str) else "(given)",
-        "group": group if isinstance(group, str) else ("(given)" if group is not None else "sequence"),
-        "positive": chosen.positive,
-        "negative": chosen.negative,
-        "rows": rows,
+        **chosen.settings(label, group),
         "d_sae": acts.shape[1],
-        "n_live": len(live),
+        "n_live": len(table),
         "n_controls": n_controls,
         "n_boot": n_boot,
         "n_twins": n_twins,
@@ -146,10 +137,20 @@ def _activations(cache: Any, site: str, sae: Any, rows: _rows.Rows, batch_size: 
     return (average @ acts).tocsc()
 
 
+def _add_place(table: pd.DataFrame, site: str, rows: _rows.Rows) -> None:
+    table.insert(0, "layer", pd.Series([_rows.layer_of(site)] * len(table), dtype="Int64"))
+    table.insert(0, "site", site)
+    table["n"], table["n_groups"] = len(rows), rows.n_groups
+
+
 def _table(
-    acts: Any, live: Int[ndarray, " latent"], rows: _rows.Rows, n_controls: int, seed: int
+    acts: Any, rows: _rows.Rows, n_controls: int, seed: int
 ) -> tuple[pd.DataFrame, Float[ndarray, "latent control"]]:
-    """Scores and permutation controls of the live latents."""
+    """Scores and permutation controls of the latents that are active at all."""
+    live = np.flatnonzero(np.diff(acts.indptr))
+    if not len(live):
+        raise DataError(f"None of the {acts.shape[1]} latents is active on any of the {len(rows)} rows.")
+    acts = acts[:, live]
     table = separation_table(acts, rows.y).assign(latent=live)
     shuffled = _stats.permuted_labels(rows.y, rows.groups, n_controls, np.random.default_rng([seed, 1]))
     null = 2 * sparse.auc(*sparse.rank_excess(acts), shuffled) - 1  # [latent, control]

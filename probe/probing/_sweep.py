@@ -111,11 +111,7 @@ def sweep(
         x = chosen.read(cache, site).to(device or "cpu")
         results += [_probe(site, x, fitter, design) for fitter in fitters]
     settings = {
-        "label": label if isinstance(label, str) else "(given)",
-        "group": group if isinstance(group, str) else ("(given)" if group is not None else "sequence"),
-        "positive": chosen.positive,
-        "negative": chosen.negative,
-        "rows": rows,
+        **chosen.settings(label, group),
         "folds": len(design.folds),
         "seed": seed,
         "n_boot": n_boot,

@@ -6,11 +6,12 @@ the expensive work on the rows is then shared between the real label and all of 
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from probe.errors import DataError, LabelError
@@ -118,7 +119,7 @@ class Logistic:
         *,
         balanced: bool = True,
         standardise: bool = True,
-        tol: float = 1e-11,
+        tol: float = 1e-10,
         max_iter: int = 100,
     ) -> None:
         if not l2 > 0:
@@ -184,6 +185,16 @@ class _Problem:
         self.sign, self.weights = 2 * y - 1, weights
         self.penalty = torch.cat([penalty, penalty.new_zeros(1)])[:, None]  # [r + 1, 1]
 
+    def _part(self, columns: Bool[Tensor, " label"]) -> _Problem:
+        """The same problem for some of the labellings."""
+        part = copy(self)
+        part.sign, part.weights = self.sign[:, columns], self.weights[:, columns]
+        return part
+
+    def _back(self, rows: Float[Tensor, "n label"]) -> Float[Tensor, "r1 label"]:
+        """z^T rows, in the order of multiplication that reads z along its memory."""
+        return (rows.T.contiguous() @ self.z).T
+
     def loss(self, v: Float[Tensor, "r1 label"]) -> Float[Tensor, " label"]:
         margin = self.sign * (self.z @ v)
         data = (self.weights * torch.nn.functional.softplus(-margin)).sum(0)
@@ -192,17 +203,22 @@ class _Problem:
     def gradient(self, v: Tensor) -> tuple[Float[Tensor, "r1 label"], Float[Tensor, "n label"]]:
         """The gradient, and the Hessian's weight of each row."""
         p = torch.sigmoid(-self.sign * (self.z @ v))  # probability of the wrong class
-        gradient = -self.z.T @ (self.weights * self.sign * p) + self.penalty * v
+        gradient = self.penalty * v - self._back(self.weights * self.sign * p)
         return gradient, self.weights * p * (1 - p)
 
     def solve(self, tol: float, max_iter: int) -> tuple[Float[Tensor, "r label"], Float[Tensor, " label"]]:
         v = self.z.new_zeros(self.z.shape[1], self.sign.shape[1])
+        left = torch.ones(v.shape[1], dtype=torch.bool, device=v.device)  # labellings that have not converged
         for _ in range(max_iter):
-            gradient, curvature = self.gradient(v)
-            if gradient.abs().amax() < tol:
+            part, own = self._part(left), v[:, left]
+            gradient, curvature = part.gradient(own)
+            far = gradient.abs().amax(0) >= tol
+            if not far.any():
                 break
-            step = self._newton_step(gradient, curvature)
-            v = v + self._length(v, step, gradient) * step
+            left = left.masked_scatter(left, far)
+            part, own, gradient = part._part(far), own[:, far], gradient[:, far]
+            step = part._newton_step(gradient, curvature[:, far])
+            v[:, left] = own + part._length(own, step, gradient) * step
         return v[:-1], v[-1] * self.bias_scale
 
     def _newton_step(self, gradient: Tensor, curvature: Tensor, n_iter: int = 250) -> Tensor:
@@ -215,7 +231,7 @@ class _Problem:
             active = square > goal
             if not active.any():
                 break
-            product = self.z.T @ (curvature * (self.z @ direction)) + self.penalty * direction
+            product = self._back(curvature * (self.z @ direction)) + self.penalty * direction
             alpha = torch.where(active, square / (direction * product).sum(0).clamp_min(1e-300), square.new_zeros(()))
             step, residual = step + alpha * direction, residual - alpha * product
             previous, square = square, torch.where(active, residual.square().sum(0), square)
