@@ -171,7 +171,9 @@ def _scores_section(scores: Scores, name: str) -> Section:
     figures = []
     try:
         # a sweep's twins are its shuffled-label controls, which the curves have as lines already
-        more = {} if scores.kind == "direction" else {"twins": scores.twins}
+        more: dict[str, Any] = {} if scores.kind == "direction" else {"twins": scores.twins}
+        if scores.kind in ("latent", "neuron"):
+            more["signed"] = scores.signed
         figures.append(scores.plot(title=_caption(scores), **more))
     except (DataError, TargetError) as error:
         text.append(f"There is no picture: {error}")
@@ -282,14 +284,18 @@ def _twins_section(table: pd.DataFrame) -> Section:
 
 def _edit_section(edit: Any) -> Section:
     """Method, base and settings in words, every changed tensor in the table."""
-    base = edit.base.get("name") or "the base model"
+    base = str(edit.base.get("name") or "the base model")
+    base = Path(base).name if base.startswith(("/", ".", "~")) else base  # a folder of this machine tells nobody else
     text = [f"Method: {edit.method}. It changes {len(edit.parameters)} tensors of {base} ({edit.base_hash[:12]}…)."]
     for step in edit.steps:
         settings = ", ".join(f"{key} = {json.dumps(value, default=str)}" for key, value in step.settings.items())
         text += [f"Settings of {step.method}: {settings}."] if settings else []
         text += [str(note) for note in step.notes]
     text.append("Change is the Frobenius norm of the difference; relative change is that over the tensor's own norm.")
-    return Section("What was changed", "\n\n".join(text), table=edit.to_df(), part="edit")
+    table = edit.to_df()
+    first = [*(["step", "method"] if len(edit.steps) > 1 else []), "parameter", "kind", "shape", "relative_change"]
+    table = table[[*first, *(name for name in ("change", "bytes") if name in table.columns)]]
+    return Section("What was changed", "\n\n".join(text), table=table, part="edit")
 
 
 def _audit_section(card: ReportCard) -> Section:

@@ -44,9 +44,10 @@ def latent_bars(
     title: str = "Top latents",
     score_name: str = "score",
     unit: str = "",
+    signed: bool = False,
     twins: np.ndarray | Sequence[float] | None = None,
 ) -> go.Figure:
-    """The k latents with the largest |score|, best first, intervals on the bars.
+    """The k best latents, best first, intervals on the bars.
 
     Args:
         table: `latent` and `score`; `low`, `high` are drawn; a `context` column goes into the hover.
@@ -54,6 +55,7 @@ def latent_bars(
         title: The figure's title.
         score_name: What the score is.
         unit: Its unit.
+        signed: Whether a large negative score is as good as a large positive one.
         twins: Scores of random twins, shaded.
 
     Raises:
@@ -61,7 +63,7 @@ def latent_bars(
     """
     checked(table, ["latent", "score"], "latent_bars")
     names = [f"latent {latent}" for latent in table["latent"]]
-    return _ranked(table, names, k, title, "SAE latent", with_unit(score_name, unit), twins)
+    return _ranked(table, names, k, title, "SAE latent", with_unit(score_name, unit), signed, twins)
 
 
 def neuron_bars(
@@ -71,12 +73,13 @@ def neuron_bars(
     title: str = "Top neurons",
     score_name: str = "score",
     unit: str = "",
+    signed: bool = False,
     twins: np.ndarray | Sequence[float] | None = None,
 ) -> go.Figure:
-    """The k MLP neurons with the largest |score|; needs `layer`, `neuron` and `score`. Otherwise as `latent_bars`."""
+    """The k best MLP neurons; needs `layer`, `neuron` and `score`. Otherwise as `latent_bars`."""
     checked(table, ["layer", "neuron", "score"], "neuron_bars")
     names = [f"L{layer} N{neuron}" for layer, neuron in zip(table["layer"], table["neuron"], strict=True)]
-    return _ranked(table, names, k, title, "neuron", with_unit(score_name, unit), twins)
+    return _ranked(table, names, k, title, "neuron", with_unit(score_name, unit), signed, twins)
 
 
 def direction_bars(
@@ -86,13 +89,14 @@ def direction_bars(
     title: str = "Directions",
     score_name: str = "score",
     unit: str = "",
+    signed: bool = False,
     twins: np.ndarray | Sequence[float] | None = None,
 ) -> go.Figure:
-    """The k directions with the largest |score|, named by site and method. Otherwise as `latent_bars`."""
+    """The k best directions, named by site and method. Otherwise as `latent_bars`."""
     checked(table, ["site", "score"], "direction_bars")
     methods = table["method"] if "method" in table.columns else [""] * len(table)
     names = [f"{site} {method}".strip() for site, method in zip(table["site"], methods, strict=True)]
-    return _ranked(table, names, k, title, "direction", with_unit(score_name, unit), twins)
+    return _ranked(table, names, k, title, "direction", with_unit(score_name, unit), signed, twins)
 
 
 def latent_scatter(
@@ -197,11 +201,13 @@ def _ranked(
     title: str,
     what: str,
     label: str,
+    signed: bool,
     twins: np.ndarray | Sequence[float] | None,
 ) -> go.Figure:
-    """Horizontal bars, the largest |score| at the top."""
+    """Horizontal bars, the best at the top."""
     score = column(table, "score")
-    order = np.argsort(-np.nan_to_num(np.abs(score), nan=-np.inf), kind="stable")[:k]
+    key = np.abs(score) if signed else score
+    order = np.argsort(-np.nan_to_num(key, nan=-np.inf), kind="stable")[:k]
     rows = table.iloc[order]
     figure = new_figure(title, escape(label), what, height=max(260, 130 + 24 * len(rows)))
     contexts = rows["context"] if "context" in rows.columns else [""] * len(rows)

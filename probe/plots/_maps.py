@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -46,7 +47,7 @@ def position_heatmap(
         DataError: No rows, a missing column, two rows for one cell, or two tokens for one position.
     """
     checked(table, ["layer", "position", value], "position_heatmap")
-    positions = sorted(table["position"].unique())
+    positions = _in_order(table["position"])
     labels = [escape(position) for position in positions]
     if "token" in table.columns:
         labels = token_labels(_one_token_each(table, positions))
@@ -89,7 +90,7 @@ def _component_map(
     twins: np.ndarray | Sequence[float] | None,
 ) -> go.Figure:
     checked(table, ["layer", across, value], f"a map of {across}s")
-    labels = [escape(component) for component in sorted(table[across].unique())]
+    labels = [escape(component) for component in _in_order(table[across])]
     figure = _map(table, value, across, labels, title, label, twins)
     return figure.update_xaxes(title_text=across, nticks=min(len(labels), 32))
 
@@ -109,7 +110,7 @@ def _map(
             f"a map needs one row per layer and {across}; some have several: select one component or method"
         )
     grids = {key: _grid(table.assign(**{key: column(table, key)}), key, across) for key in (value, "low", "high", "n")}
-    layers = [escape(layer) for layer in sorted(table["layer"].unique())]
+    layers = [escape(layer) for layer in _in_order(table["layer"])]
     figure = new_figure(_with_twins(title, twins), across, "layer", height=max(340, 150 + 26 * len(layers)))
     figure.add_heatmap(
         x=labels,
@@ -130,9 +131,15 @@ def _map(
 
 def _grid(table: pd.DataFrame, value: str, across: str) -> np.ndarray:
     """[layer, across], NaN where there is no row."""
-    return (
-        table.pivot(index="layer", columns=across, values=value).sort_index().sort_index(axis=1).to_numpy(dtype=float)
-    )
+    wide = table.pivot(index="layer", columns=across, values=value)
+    grid: np.ndarray = wide.reindex(index=_in_order(table["layer"]), columns=_in_order(table[across])).to_numpy(float)
+    return grid
+
+
+def _in_order(values: pd.Series) -> list[Any]:
+    """The distinct values: numbers sorted, names (such as the roles of positions) as they come."""
+    distinct = list(values.unique())
+    return sorted(distinct) if pd.api.types.is_numeric_dtype(values) else distinct
 
 
 def _hover(table: pd.DataFrame, across: str) -> str:
@@ -151,7 +158,7 @@ def _with_twins(title: str, twins: np.ndarray | Sequence[float] | None) -> str:
     return f"{title} (95 % of {found[2]} random twins: {found[0]:.3g} to {found[1]:.3g})"
 
 
-def _one_token_each(table: pd.DataFrame, positions: list[int]) -> list[str]:
+def _one_token_each(table: pd.DataFrame, positions: list[Any]) -> list[str]:
     tokens = table.groupby("position")["token"].unique()
     several = [position for position in positions if len(tokens[position]) > 1]
     if several:

@@ -17,7 +17,7 @@ from probe.audit import ReportCard, audit
 from probe.audit._rows import COLUMNS, by_group, kl
 from probe.audit._words import number, sentences
 from probe.data import Questions
-from probe.errors import AuditError, DataError
+from probe.errors import AuditError, BaseMismatchError, DataError
 from probe.models import Model, wrap
 
 PEOPLE = ["ann", "bob", "cid", "dan", "eve", "fay", "gus", "hal"]
@@ -277,6 +277,22 @@ def test_a_model_can_be_audited_against_another_model(card, trained, sets):
     )
     pd.testing.assert_frame_equal(other.table, card.table)
     assert other.settings["edit"]["model_hash"] != other.settings["model_hash"]
+
+
+def test_an_edit_is_applied_for_the_audit_only_and_one_of_another_model_is_refused(trained, sets):
+    from probe import editing
+    from probe.targets import Direction
+
+    edit = editing.project_out(trained.model, Direction("blocks.0.hook_resid_post", torch.randn(32)))
+    before = trained.model.weights_hash
+    card = audit(trained.model, edit, sets["forget"], sets["retain"], n_boot=10, progress=False)
+    with edit.applied(trained.model):
+        assert card.value("forget", "probability") == pytest.approx(loop(trained.model, sets["forget"])[1], abs=1e-6)
+    assert trained.model.weights_hash == before
+    assert card.settings["edit"]["base_hash"] == before
+    assert edit.with_audit(card.summary()).audit["sentence"] == card.sentence
+    with pytest.raises(BaseMismatchError):
+        audit(trained.gold[0], edit, sets["forget"], sets["retain"], n_boot=10, progress=False)
 
 
 def test_without_an_edit_the_card_has_the_original_and_gold_alone(trained, sets):

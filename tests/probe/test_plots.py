@@ -104,6 +104,13 @@ def test_position_heatmap_centres_at_zero_and_keeps_repeated_tokens():
     assert list(heat.y) == ["0", "1", "2"]
 
 
+def test_positions_that_are_roles_keep_their_order():
+    table = pd.DataFrame({"layer": [0, 0, 0], "position": ["name", "after", "last"], "score": [1.0, 2.0, 3.0]})
+    heat = plots.position_heatmap(table).data[0]
+    assert list(heat.x) == ["name", "after", "last"]
+    assert heat.z.tolist() == [[1.0, 2.0, 3.0]]
+
+
 def test_maps_leave_unmeasured_cells_empty_and_name_their_twins():
     table = pd.DataFrame({"layer": [0, 1, 1], "expert": [0, 0, 1], "score": [0.5, -1.0, 2.0]})
     figure = plots.expert_map(table, twins=np.linspace(-1, 1, 101))
@@ -118,7 +125,7 @@ def test_ranked_bars_sort_by_size_and_carry_intervals_and_contexts():
     table = pd.DataFrame(
         {"latent": [3, 5, 9], "score": [0.1, -0.9, 0.5], "low": [0.0, -1.0, 0.4], "high": [0.3, -0.7, 0.6]}
     )
-    figure = plots.latent_bars(table.assign(context=["a", "<b>b", "c"]), k=2, twins=[-0.1, 0.1])
+    figure = plots.latent_bars(table.assign(context=["a", "<b>b", "c"]), k=2, signed=True, twins=[-0.1, 0.1])
     bar = figure.data[0]
     assert list(bar.y) == ["latent 5", "latent 9"]
     assert list(bar.x) == [-0.9, 0.5]
@@ -126,6 +133,7 @@ def test_ranked_bars_sort_by_size_and_carry_intervals_and_contexts():
     assert np.allclose(bar.error_x.arrayminus, [0.1, 0.1])
     assert bar.text[0] == "&lt;b&gt;b"
     assert figure.layout.shapes[0].name == "95 % of 2 random twins"
+    assert list(plots.latent_bars(table, k=2).data[0].y) == ["latent 9", "latent 3"]
     neurons = plots.neuron_bars(pd.DataFrame({"layer": [1], "neuron": [7], "score": [2.0]}))
     assert list(neurons.data[0].y) == ["L1 N7"]
 
