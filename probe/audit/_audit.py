@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import Any
 
 from probe.audit._card import ReportCard
-from probe.audit._measure import Measured, Plan, make_plan, measure
+from probe.audit._measure import Measured, Plan, Settings, make_plan, measure
 from probe.audit._rows import answer_rows, corpus_rows, distance_rows, to_table
 from probe.data import Questions
 from probe.errors import AuditError, DataError
@@ -36,6 +36,8 @@ def audit(
     gold: Iterable[Model] | None = None,
     corpus: Iterable[str] | None = None,
     people: str = "people",
+    bos: bool | None = None,
+    chat: bool = False,
     batch_size: int = 64,
     n_boot: int = 1000,
     seed: int = 0,
@@ -69,6 +71,8 @@ def audit(
         gold: Models trained without the forget set. One after the other is used, so a generator may load them.
         corpus: Texts for perplexity.
         people: What a group is, in the plural, for the sentence.
+        bos: Whether questions begin with a BOS token; None leaves it to the tokenizer.
+        chat: Put questions into the tokenizer's chat template.
         batch_size: Rows per forward.
         n_boot: Bootstrap replicates.
         seed: Of the bootstrap, and of the choice of questions for KL where not all fit.
@@ -85,7 +89,7 @@ def audit(
     golds = _checked_golds(gold)
     if n_boot < 1 or batch_size < 1:
         raise AuditError(f"n_boot and batch_size must be at least 1; received {n_boot} and {batch_size}")
-    plan = make_plan(model, sets, corpus, batch_size, 2 + len(golds), kl_bytes, seed, progress)
+    plan = make_plan(model, sets, corpus, Settings(batch_size, bos, chat, progress), kl_bytes // (2 + len(golds)), seed)
     measured: dict[str, Measured] = {}
     if edit is not None:  # first, so that an edit of another model is refused before anything is computed
         other, context = _edited(model, edit)
@@ -117,7 +121,9 @@ def _card(
         "golds": len(golds),
         "sets": {name: {"questions": len(rows), "groups": len(set(rows.groups))} for name, rows in plan.sets.items()},
         "texts": len(plan.windows),
-        "batch_size": plan.batch_size,
+        "batch_size": plan.settings.batch_size,
+        "bos": plan.settings.bos,
+        "chat": plan.settings.chat,
     }
     return ReportCard(to_table(rows), {**facts, **settings}, (*missing, _ALWAYS_MISSING), plan.answers_table(measured))
 

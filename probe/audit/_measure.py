@@ -24,6 +24,16 @@ _LOGITS = 2**27  # logits held at once when measuring perplexity (half a GiB in 
 
 
 @dataclass(frozen=True)
+class Settings:
+    """How forwards are made; `bos` and `chat` as in `probe.scoring.score_answers`."""
+
+    batch_size: int = 64
+    bos: bool | None = None
+    chat: bool = False
+    progress: bool = True
+
+
+@dataclass(frozen=True)
 class Plan:
     """What every model is measured on, so that all are measured on the same."""
 
@@ -31,8 +41,7 @@ class Plan:
     tokens: Mapping[str, list[AnswerTokens]]
     kl_rows: Mapping[str, list[int]]  # per set the rows whose log-probabilities are kept, in order
     windows: list[list[list[int]]]  # per text its token ids, cut to the context's length
-    batch_size: int
-    progress: bool
+    settings: Settings
 
     def answers_table(self, measured: Mapping[str, Measured]) -> pd.DataFrame:
         """One row per set, model and question."""
@@ -68,24 +77,23 @@ def make_plan(
     model: Model,
     sets: Mapping[str, Questions],
     corpus: Iterable[str] | None,
-    batch_size: int,
-    n_models: int,
+    settings: Settings,
     kl_bytes: int,
     seed: int,
-    progress: bool,
 ) -> Plan:
-    """Tokenise everything once and choose the questions for KL.
+    """Tokenise everything once and choose the questions for KL, of which one model may take `kl_bytes`.
 
     Raises:
         DataError: A model without tokenizer, answers or texts without tokens, texts that are no strings.
     """
     if model.tokenizer is None:
         raise DataError("an audit needs the model's tokenizer; give it to probe.models.wrap(hf, tokenizer)")
-    tokens = {n: answer_tokens(model, [(row.question, row.answer) for row in rows]) for n, rows in sets.items()}
+    pairs = {name: [(row.question, row.answer) for row in rows] for name, rows in sets.items()}
+    tokens = {n: answer_tokens(model, own, bos=settings.bos, chat=settings.chat) for n, own in pairs.items()}
     d_vocab = int(model.hf.get_output_embeddings().weight.shape[0])
-    limit = kl_bytes // (4 * d_vocab * n_models * len(KL_SETS))  # float32 answer tokens of one set
+    limit = kl_bytes // (4 * d_vocab * len(KL_SETS))  # float32 answer tokens of one set
     kl_rows = {name: _fitting(tokens[name], limit, seed) for name in KL_SETS}
-    return Plan(sets, tokens, kl_rows, _windows(model, corpus), batch_size, progress)
+    return Plan(sets, tokens, kl_rows, _windows(model, corpus), settings)
 
 
 def measure(model: Model, plan: Plan, name: str) -> Measured:
@@ -94,13 +102,13 @@ def measure(model: Model, plan: Plan, name: str) -> Measured:
     Raises:
         AuditError: Logits that are not finite.
     """
-    answers, logprobs = {}, {}
-    for set_name in tqdm(plan.sets, desc=f"audit: {name}", disable=not plan.progress, leave=False):
+    answers, logprobs, how = {}, {}, plan.settings
+    for set_name in tqdm(plan.sets, desc=f"audit: {name}", disable=not how.progress, leave=False):
         rows = plan.sets[set_name]
         wanted = [plan.tokens[set_name][i] for i in plan.kl_rows.get(set_name, [])]
         try:
             with _keeping(model, wanted) as kept:
-                answers[set_name] = score_answers(model, rows, batch_size=plan.batch_size)
+                answers[set_name] = score_answers(model, rows, batch_size=how.batch_size, bos=how.bos, chat=how.chat)
         except DataError:
             raise
         except ProbeError as error:
@@ -174,11 +182,11 @@ def _corpus_loss(model: Model, plan: Plan, name: str) -> tuple[Float[np.ndarray,
     flat.sort(key=lambda pair: len(pair[1]))
     loss, count = np.zeros(len(plan.windows)), np.zeros(len(plan.windows), dtype=np.int64)
     d_vocab = int(model.hf.get_output_embeddings().weight.shape[0])
-    start = 0
-    with eval_mode(model.hf), tqdm(total=len(flat), desc=f"{name}: corpus", disable=not plan.progress) as bar:
+    start, size = 0, plan.settings.batch_size
+    with eval_mode(model.hf), tqdm(total=len(flat), desc=f"{name}: corpus", disable=not plan.settings.progress) as bar:
         while start < len(flat):
-            longest = len(flat[min(start + plan.batch_size, len(flat)) - 1][1])
-            batch = flat[start : start + max(1, min(plan.batch_size, _LOGITS // (longest * d_vocab)))]
+            longest = len(flat[min(start + size, len(flat)) - 1][1])
+            batch = flat[start : start + max(1, min(size, _LOGITS // (longest * d_vocab)))]
             for (text, ids), nats in zip(batch, _losses(model, [ids for _, ids in batch]), strict=True):
                 loss[text] += nats
                 count[text] += len(ids) - 1

@@ -52,7 +52,9 @@ def position_heatmap(
     if "token" in table.columns:
         labels = token_labels(_one_token_each(table, positions))
     figure = _map(table, value, "position", labels, title, with_unit(score_name, unit), twins)
-    return figure.update_xaxes(title_text="position (token)", tickangle=-45)
+    many = len(labels) > 20  # every token keeps its label: plotly would leave some out
+    tick = {"tickangle": -90, "tickfont_size": 11} if many else {"tickangle": -45}
+    return figure.update_xaxes(title_text="position (token)", dtick=1, **tick)
 
 
 def head_heatmap(

@@ -295,6 +295,18 @@ def test_an_edit_is_applied_for_the_audit_only_and_one_of_another_model_is_refus
         audit(trained.gold[0], edit, sets["forget"], sets["retain"], n_boot=10, progress=False)
 
 
+def test_bos_is_put_in_front_when_asked(trained, sets):
+    card = audit(trained.model, None, sets["forget"], sets["retain"], bos=True, n_boot=10, progress=False)
+    bos = trained.model.tokenizer.bos_token_id
+    found = []
+    for row in sets["forget"]:
+        question, answer = (trained.model.tokenizer(text)["input_ids"] for text in (row.question, row.answer))
+        with torch.no_grad():
+            logprobs = trained.model.hf(torch.tensor([[bos, *question, *answer]])).logits[0].log_softmax(-1)
+        found.append(np.exp(np.mean([float(logprobs[len(question) + t, i]) for t, i in enumerate(answer)])))
+    assert card.value("forget", "probability", "original") == pytest.approx(np.mean(found), abs=1e-6)
+
+
 def test_without_an_edit_the_card_has_the_original_and_gold_alone(trained, sets):
     card = audit(trained.model, None, sets["forget"], sets["retain"], gold=trained.gold[:1], n_boot=10, progress=False)
     assert set(card.table.model) == {"original", "gold 1", "gold"}
