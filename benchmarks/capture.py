@@ -1,0 +1,334 @@
+"""Capture of residual sites: this project, the bare trunk, TransformerBridge, and SAELens's CacheActivationsRunner.
+
+    python -m benchmarks.capture [--full] [--sites last|all] [--repeats N] [--out FILE.json]
+
+Every arm runs the same batches of the same model (random GPT-2, d 768, 12 layers) once per round, in turn, so that
+whatever else the machine does hits all of them. Reported: medians, the ratio to the bare trunk of the same round
+(median and bootstrap interval), and a floor: the blocks' matrix products alone, and the stored bytes written alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is run."""
+
+    sequences: int = 16
+    length: int = 128
+    batch: int = 8
+    repeats: int = 5
+    layers: int = 12
+    d_model: int = 768
+    heads: int = 12
+    vocab: int = 50257
+    sites: str = "last"
+    seed: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per round and arm."""
+        return self.sequences * self.length
+
+
+class Bench:
+    """The model, the data and one method per arm. Each method returns [sequences, length, d_model] of the last site."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        self.settings, self.folder = settings, folder
+        torch.manual_seed(settings.seed)
+        config = GPT2Config(
+            vocab_size=settings.vocab,
+            n_embd=settings.d_model,
+            n_layer=settings.layers,
+            n_head=settings.heads,
+            n_positions=max(1024, settings.length),
+        )
+        self.model = GPT2LMHeadModel(config).eval()
+        self.ids = torch.randint(0, settings.vocab, (settings.sequences, settings.length))
+        self.site = f"blocks.{settings.layers - 1}.hook_resid_post"
+        self.patterns = self.site if settings.sites == "last" else "blocks.*.hook_resid_post"
+        self.model.save_pretrained(folder / "model")
+        _save_tokenizer(settings.vocab, folder / "model")
+        self.bridge = _bridge(self.model)
+        self.runs = 0
+
+    def fresh(self) -> Path:
+        """A directory that nobody has written to."""
+        self.runs += 1
+        return self.folder / f"run-{self.runs}"
+
+    def batches(self) -> tuple[Tensor, ...]:
+        """The ids in batches [batch, length]."""
+        return self.ids.split(self.settings.batch)
+
+    @torch.no_grad()
+    def bare_trunk(self) -> Tensor:
+        """The blocks alone, no head and no hook."""
+        kept: list[Tensor] = []
+        handle = self.model.transformer.h[-1].register_forward_hook(lambda _m, _i, out: kept.append(_first(out)))
+        try:
+            for ids in self.batches():
+                self.model.transformer(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        finally:
+            handle.remove()
+        return torch.cat(kept)
+
+    def capture(self) -> Tensor:
+        """`activations_cache.capture` to disk, hashing of the weights included."""
+        return _last(self._capture(self.fresh()), self)
+
+    def _capture(self, out: Path) -> Any:
+        import activations_cache as ac
+
+        budget = self.settings.batch * self.settings.length
+        return ac.capture(self.model, self.ids, self.patterns, out, batch_tokens=budget, progress=False)
+
+    @torch.no_grad()
+    def transformer_bridge(self) -> Tensor:
+        """`TransformerBridge.run_with_cache` into RAM, stopped after the last block."""
+        kept = []
+        layers = range(self.settings.layers)
+        names = [self.site] if self.settings.sites == "last" else [f"blocks.{i}.hook_resid_post" for i in layers]
+        for ids in self.batches():
+            _, cache = self.bridge.run_with_cache(ids, names_filter=names, stop_at_layer=self.settings.layers)
+            kept.append(cache[self.site])
+        return torch.cat(kept)
+
+    def saelens(self) -> Tensor:
+        """`sae_lens.CacheActivationsRunner` to disk (it stores one site); loading of the model not counted."""
+        runner = self.saelens_runner()
+        started = time.perf_counter()
+        dataset = runner.run()
+        self.last_seconds = time.perf_counter() - started
+        rows = dataset.with_format("torch")[runner.cfg.hook_name]
+        return rows[:] if not isinstance(rows, Tensor) else rows
+
+    def saelens_runner(self) -> Any:
+        """A runner over the same ids, in order, in float32."""
+        from datasets import Dataset
+        from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
+
+        config = CacheActivationsRunnerConfig(
+            dataset_path="ids",
+            model_name=str(self.folder / "model"),
+            model_class_name="AutoModelForCausalLM",
+            model_batch_size=self.settings.batch,
+            hook_name=f"transformer.h.{self.settings.layers - 1}",
+            d_in=self.settings.d_model,
+            training_tokens=self.settings.tokens,
+            context_size=self.settings.length,
+            new_cached_activations_path=str(self.fresh()),
+            shuffle=False,
+            dtype="float32",
+            device="cpu",
+            prepend_bos=False,
+            streaming=False,
+            buffer_size_gb=self.settings.tokens * self.settings.d_model * 4 / 1e9,
+        )
+        data = Dataset.from_dict({"input_ids": self.ids.tolist()})
+        return CacheActivationsRunner(config, override_dataset=data)
+
+    def matrix_products(self) -> None:
+        """The floor of any forward: the blocks' weight products on inputs of the right shape."""
+        d, rows = self.settings.d_model, self.settings.batch * self.settings.length
+        if not hasattr(self, "_operands"):
+            shapes = [(d, 3 * d), (d, d), (d, 4 * d), (4 * d, d)]
+            self._operands = [(torch.randn(rows, m), torch.randn(m, n)) for m, n in shapes]
+        for _ in self.batches():
+            for _layer in range(self.settings.layers):
+                for left, right in self._operands:
+                    left @ right
+
+    def bytes_written(self) -> None:
+        """The floor of any storage: as many bytes as capture stores, written and fsynced."""
+        sites = 1 if self.settings.sites == "last" else self.settings.layers
+        raw = np.ones((self.settings.tokens, self.settings.d_model * sites), np.float32)
+        path = self.fresh()
+        with path.open("wb") as file:
+            file.write(raw.data)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _last(cache: Any, bench: Bench) -> Float[Tensor, "seq pos d_model"]:
+    rows = cache[bench.site][:]
+    return rows.reshape(bench.settings.sequences, bench.settings.length, -1)
+
+
+def _save_tokenizer(vocab: int, folder: Path) -> None:
+    """SAELens wants a tokenizer beside the model; the ids never pass through it."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0"))
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="w0", bos_token="w1", eos_token="w2", pad_token="w2"
+    )
+    made.save_pretrained(folder)
+
+
+def _bridge(model: Any) -> Any:
+    from probe import models
+
+    return models.wrap(model, None, name="gpt2").bridge
+
+
+def timed(arm: Callable[[], Any], bench: Bench) -> tuple[float, Any]:
+    """Seconds of one call (of what the arm says it measured, where it says so)."""
+    bench.last_seconds = None  # type: ignore[assignment]
+    started = time.perf_counter()
+    result = arm()
+    seconds = time.perf_counter() - started
+    return (seconds if bench.last_seconds is None else bench.last_seconds), result
+
+
+def setup_seconds(bench: Bench) -> float:
+    """What capture spends before its first forward: hashing the weights, tokenizing, planning."""
+    cache_dir = bench.fresh()
+    bench._capture(cache_dir)
+    started = time.perf_counter()
+    bench._capture(cache_dir)  # finished: prepared, compared, opened
+    return time.perf_counter() - started
+
+
+def measure(settings: Settings, folder: Path) -> dict[str, Any]:
+    """Run every arm in every round; check the results; summarise."""
+    bench = Bench(settings, folder)
+    arms: dict[str, Callable[[], Any]] = {"bare trunk": bench.bare_trunk, "activations_cache.capture": bench.capture}
+    arms["TransformerBridge.run_with_cache (RAM only)"] = bench.transformer_bridge
+    if settings.sites == "last":
+        arms["SAELens CacheActivationsRunner"] = bench.saelens
+    arms |= {"floor: matrix products": bench.matrix_products, "floor: bytes written": bench.bytes_written}
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    setup: list[float] = []
+    for round_number in range(settings.repeats + 1):  # the first round warms up and is checked, not counted
+        results = {}
+        for name in _turned(list(arms), round_number):
+            seconds, results[name] = timed(arms[name], bench)
+            if round_number:
+                times[name].append(seconds)
+        setup.append(setup_seconds(bench))
+        worst = _check(results)
+        for path in folder.glob("run-*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    rows = [_row(name, values, times["bare trunk"], settings) for name, values in times.items()]
+    streaming = [a - b for a, b in zip(times["activations_cache.capture"], setup[1:], strict=True)]
+    rows.insert(2, _row("  of it after the set-up (hashing, planning)", streaming, times["bare trunk"], settings))
+    return {
+        "settings": {**asdict(settings), "tokens": settings.tokens},
+        "largest difference": worst,
+        "machine": {"platform": platform.platform(), "threads": torch.get_num_threads(), "load": os.getloadavg()},
+        "versions": {"torch": torch.__version__},
+        "rows": rows,
+        "seconds": times,
+    }
+
+
+def _turned(names: list[str], by: int) -> list[str]:
+    return names[by % len(names) :] + names[: by % len(names)]
+
+
+def _check(results: dict[str, Any]) -> float:
+    """Every arm that stores the last site must have stored the same values."""
+    reference, worst = results["bare trunk"], 0.0
+    for name, values in results.items():
+        if isinstance(values, Tensor):
+            if values.shape != reference.shape:
+                raise SystemExit(f"{name} gave {tuple(values.shape)}, the bare trunk {tuple(reference.shape)}")
+            worst = max(worst, float((values - reference).abs().max() / reference.abs().max()))
+    if worst > 1e-4:
+        raise SystemExit(f"the arms disagree: relative difference {worst:.2g}")
+    return worst
+
+
+def _row(name: str, seconds: list[float], base: list[float], settings: Settings) -> dict[str, Any]:
+    ratios = np.array(seconds) / np.array(base)
+    low, high = bootstrap_median(ratios)
+    return {
+        "arm": name,
+        "median s": statistics.median(seconds),
+        "tokens/s": settings.tokens / statistics.median(seconds),
+        "ratio": float(np.median(ratios)),
+        "low": low,
+        "high": high,
+    }
+
+
+def bootstrap_median(values: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the median."""
+    picks = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
+    low, high = np.quantile(np.median(values[picks], axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as a markdown table."""
+    settings, machine = result["settings"], result["machine"]
+    lines = [
+        f"{settings['tokens']} tokens in batches of {settings['batch']} x {settings['length']}, GPT-2 of "
+        f"{settings['layers']} layers, d {settings['d_model']}, sites: {settings['sites']} resid_post, float32; "
+        f"{settings['repeats']} rounds; {machine['threads']} threads, load {machine['load'][0]:.1f}; "
+        f"results agree to {result['largest difference']:.1g}",
+        "",
+        "| arm | median s | tokens/s | ratio to the bare trunk (95 %) |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for row in result["rows"]:
+        ratio = f"{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+        lines.append(f"| {row['arm']} | {row['median s']:.3f} | {row['tokens/s']:,.0f} | {ratio} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse the arguments, measure, print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.capture", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--full", action="store_true", help="8x the tokens and 15 rounds (half an hour on 2 cores)")
+    parser.add_argument("--sites", choices=["last", "all"], default="last", help="the last resid_post, or every one")
+    parser.add_argument("--repeats", type=int, help="rounds that are counted")
+    parser.add_argument("--layers", type=int, default=Settings.layers)
+    parser.add_argument("--out", type=Path, help="also write everything as json")
+    arguments = parser.parse_args()
+    size = {"sequences": 128, "batch": 16, "repeats": 15} if arguments.full else {}
+    if arguments.repeats:
+        size["repeats"] = arguments.repeats
+    settings = Settings(sites=arguments.sites, layers=arguments.layers, **size)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = measure(settings, Path(folder))
+    print(table(result))
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
