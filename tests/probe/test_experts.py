@@ -302,6 +302,47 @@ def test_removal_of_scores_takes_the_best(model, caches):
     np.testing.assert_allclose(table[table.arm == "removed"].load_forget, load[0, 3])
 
 
+@pytest.fixture(scope="module")
+def planted():
+    """A mixture trained on four domains, each of whose tokens go to a known expert of each layer."""
+    import probe
+
+    return probe.organisms.experts(size="small", kind="planted", progress=False)
+
+
+def test_attribution_finds_the_planted_experts(planted):
+    for domain, answer in planted.planted.items():
+        others = Questions([q for name in planted.domains if name != domain for q in planted.splits[name]])
+        got = experts.attribute(planted.model, planted.splits[domain][:50], others, n_boot=200, progress=False)
+        assert got.top(2).index == tuple(sorted(answer)), domain
+        assert (got.table.loc[got.ranking()[:2], "p"] < 0.05).all()
+        assert got.table.loc[got.ranking()[2], "score"] < 0.1
+
+
+def test_removing_a_domains_experts_removes_the_domain_alone(planted):
+    """Located on half of the towns, checked on the others; random experts of no domain do nothing."""
+    domain, *others = planted.domains
+    towns = sorted(set(planted.splits[domain].groups))
+    locate = set(towns[::2])
+    scores = experts.attribute(
+        planted.model,
+        planted.splits[domain].select(lambda q: q.group in locate),
+        planted.splits["retain"].select(lambda q: q.group in locate),
+        n_boot=0,
+        progress=False,
+    )
+    unused = [set(range(8)) - {pairs[layer][1] for pairs in planted.planted.values()} for layer in range(2)]
+    sets = {name: planted.splits[name].select(lambda q: q.group not in locate) for name in planted.domains}
+    table = experts.removal(planted.model, scores, sets, k=2, n_random=20, n_boot=50, progress=False)
+    removed = table[table.arm == "removed"].set_index("set")
+    assert removed.recall[domain] < 0.3
+    assert (removed.recall[others] > 0.95).all()
+    bystanders = {f"0.{a} 1.{b}" for a in unused[0] for b in unused[1]}
+    random = table[(table.arm == "random") & table.experts.isin(bystanders)]
+    assert len(random) >= 3
+    assert (random.recall > 0.95).all()
+
+
 def test_the_model_is_left_alone(model):
     before = model.weights_hash
     with pytest.raises(RuntimeError, match="inside"), experts.without(model, TARGETS[0]):
