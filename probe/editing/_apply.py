@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,10 @@ class Application:
     second time.
     """
 
-    def __init__(self, hf: Any) -> None:
-        self.hf = hf
+    def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
 
-    def run(self, steps: tuple[Step, ...], *, force: bool) -> None:
+    def run(self, hf: Any, steps: tuple[Step, ...], *, force: bool) -> None:
         """Apply `steps` in order; on any error the model is as before.
 
         Raises:
@@ -40,8 +40,8 @@ class Application:
             for number, step in enumerate(steps):
                 # Steps computed from the same base as the first are independent changes of it.
                 if not force and (number == 0 or step.base_hash != steps[0].base_hash):
-                    self._check_base(step, number)
-                self._apply(step)
+                    _check_base(hf, step, number)
+                self._apply(hf, step)
         except BaseException:
             self.undo()
             raise
@@ -51,16 +51,8 @@ class Application:
         while self._undo:
             self._undo.pop()()
 
-    def _check_base(self, step: Step, number: int) -> None:
-        found = weights_hash(self.hf)
-        if found != step.base_hash:
-            raise BaseMismatchError(
-                f"Step {number + 1} ({step.method}) was made for weights {step.base_hash[:12]}; this model has "
-                f"{found[:12]}. Load the base model in the type that it had, or pass force=True."
-            )
-
-    def _apply(self, step: Step) -> None:
-        mapping = CheckpointMap(self.hf)
+    def _apply(self, hf: Any, step: Step) -> None:
+        mapping = CheckpointMap(hf)
         step.check_names(mapping.names)
         sources = {source for source in step.added.values() if isinstance(source, str)}
         copies = {name: mapping.read(mapping.group_of[name])[name].detach().clone() for name in sources}
@@ -73,15 +65,15 @@ class Application:
                     "in memory for this class."
                 )
             for name, value in memory.items():
-                self._write(name, value)
+                self._write(hf, name, value)
         for name, value in mapping.to_memory(step.new_tensors(copies)).items():
-            self._add(name, value)
-        self._patch(step.config_patch)
+            self._add(hf, name, value)
+        self._patch(hf, step.config_patch)
 
     @torch.no_grad()
-    def _write(self, name: str, value: Tensor) -> None:
+    def _write(self, hf: Any, name: str, value: Tensor) -> None:
         """Give the parameter or buffer `name` new values: into its storage if they fit it, else into new storage."""
-        tensor = _tensor(self.hf, name)
+        tensor = _tensor(hf, name)
         if tensor.shape == value.shape and tensor.dtype == value.dtype:
             kept = tensor.detach().to("cpu", copy=True)
             self._undo.append(lambda: _copy(tensor, kept))
@@ -91,42 +83,51 @@ class Application:
         self._undo.append(lambda: setattr(tensor, "data", storage))
         tensor.data = value.detach().clone().contiguous()
 
-    def _add(self, name: str, value: Tensor) -> None:
+    def _add(self, hf: Any, name: str, value: Tensor) -> None:
         """Register a parameter of its own where there was none, or one that was tied."""
         path, _, leaf = name.rpartition(".")
         try:
-            module = self.hf.get_submodule(path)
+            module = hf.get_submodule(path)
         except AttributeError as error:
             raise EditError(f"The model has no module {path} for the added tensor {name}.") from error
         old = module._parameters.get(leaf)
-        like = old if old is not None else next(self.hf.parameters())
+        like = old if old is not None else next(hf.parameters())
         fresh = nn.Parameter(value.to(like.device, like.dtype), requires_grad=like.requires_grad)
         self._undo.append(lambda: module.register_parameter(leaf, old))
         module.register_parameter(leaf, fresh)
 
-    def _patch(self, patch: Mapping[str, Any]) -> None:
+    def _patch(self, hf: Any, patch: Mapping[str, Any]) -> None:
         """Change the configuration, and the numbers that modules derived from it when they were built."""
         if not patch:
             return
-        config = self.hf.config.get_text_config()
+        config = hf.config.get_text_config()
         unknown = sorted(key for key in patch if not hasattr(config, key))
         if unknown:
             raise EditError(f"The configuration {type(config).__name__} has no field {unknown[0]!r} to patch.")
-        before = _derived(self.hf)
+        before = _derived(hf)
         for key, value in patch.items():
             old = getattr(config, key)
             self._undo.append(lambda key=key, old=old: setattr(config, key, old))  # type: ignore[misc]
             setattr(config, key, value)
-        after = _derived(self.hf)
-        for name, module in self.hf.named_modules():
+        after = _derived(hf)
+        for name, module in hf.named_modules():
             for key in before.get(name, {}).keys() & after.get(name, {}).keys():
                 if before[name][key] != after[name][key] and key in vars(module):
                     self._set(module, key, after[name][key])
 
     def _set(self, module: nn.Module, key: str, value: Any) -> None:
-        old = vars(module)[key]
-        self._undo.append(lambda: setattr(module, key, old))
+        old, owner = vars(module)[key], ref(module)  # weak: what is applied must not keep the model alive
+        self._undo.append(lambda: setattr(owner(), key, old))
         setattr(module, key, value)
+
+
+def _check_base(hf: Any, step: Step, number: int) -> None:
+    found = weights_hash(hf)
+    if found != step.base_hash:
+        raise BaseMismatchError(
+            f"Step {number + 1} ({step.method}) was made for weights {step.base_hash[:12]}; this model has "
+            f"{found[:12]}. Load the base model in the type that it had, or pass force=True."
+        )
 
 
 def _derived(hf: Any) -> dict[str, dict[str, Any]]:

@@ -92,8 +92,10 @@ class Edit:
         """
         if not edits:
             raise EditError("compose needs at least one edit.")
-        steps = tuple(step for edit in edits for step in edit.steps)
-        return cls(steps, edits[0].base, library_versions())
+        steps: list[Step] = []
+        for step in (step for edit in edits for step in edit.steps):
+            steps.append(_without_repeats(step, steps))
+        return cls(tuple(steps), edits[0].base, library_versions())
 
     def __add__(self, other: Edit) -> Edit:
         if not isinstance(other, Edit):
@@ -146,8 +148,8 @@ class Edit:
         return model
 
     def _apply(self, hf: Any, force: bool) -> Application:
-        application = Application(hf)
-        application.run(self.steps, force=force)
+        application = Application()
+        application.run(hf, self.steps, force=force)
         _APPLIED.setdefault(hf, []).append((self, application))
         return application
 
@@ -231,6 +233,17 @@ class Edit:
         notes = "".join(f"<li>{html.escape(note)}</li>" for step in self.steps for note in step.notes)
         table = self.to_df().head(20).to_html(index=False, border=0, float_format=lambda x: f"{x:.3g}")
         return f"<p><b>{html.escape(repr(self))}</b></p><ul>{notes}</ul>{table}"
+
+
+def _without_repeats(step: Step, earlier: list[Step]) -> Step:
+    """The step without copies that an earlier step of the same base makes too (both untie the same embedding)."""
+    made = {
+        name: source for other in earlier if other.base_hash == step.base_hash for name, source in other.added.items()
+    }
+    repeated = {name for name, source in step.added.items() if isinstance(source, str) and made.get(name) == source}
+    if not repeated:
+        return step
+    return dataclasses.replace(step, added={k: v for k, v in step.added.items() if k not in repeated})
 
 
 def _rows(number: int, step: Step) -> list[tuple[Any, ...]]:

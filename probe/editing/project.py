@@ -85,25 +85,30 @@ def project_out(
         if own is not None:
             changes |= _changes(parameters, writer, own, strength)
     head = _untied(hf, parameters, chosen) if untie else {}
-    settings = {
-        "layers": list(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else layers,
-        "components": list(components),
-        "strength": strength,
-        "untie": untie,
-        "rank": basis.shape[1],
-    }
     step = Step(
         "project_out",
         base,
         changes,
         added=head,
         config_patch={"tie_word_embeddings": False} if head else {},
-        settings=settings,
+        settings=_settings(layers, components, strength, untie, basis),
         target=_summary(target, basis),
         evidence=_evidence(target),
         notes=tuple(_notes(hf, chosen, bool(head))),
     )
     return Edit.of(model, step)
+
+
+def _settings(
+    layers: int | Sequence[int] | str | None, components: Sequence[str], strength: float, untie: bool, basis: Tensor
+) -> dict[str, Any]:
+    return {
+        "layers": list(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else layers,
+        "components": list(components),
+        "strength": strength,
+        "untie": untie,
+        "rank": basis.shape[1],
+    }
 
 
 def _writers(hf: Any, layers: int | Sequence[int] | str | None, components: Sequence[str]) -> list[Writer]:

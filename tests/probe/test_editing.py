@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -11,6 +14,8 @@ from probe.editing import Change, Columns, Dense, Edit, LowRank, Rows, Step, Tak
 from probe.editing.entries import smallest_replacement
 from probe.errors import BaseMismatchError, EditError, TargetError
 from tests.architectures import ARCHITECTURES, MOE, checkpoint, inputs, tiny
+
+PAIR = [(0, 1), (1, 3)]
 
 
 def direction(width: int = 32, seed: int = 5) -> torch.Tensor:
@@ -201,6 +206,18 @@ def test_leaving_the_block_undoes_what_was_applied_inside():
     assert weights_hash(model) == digest
 
 
+@pytest.mark.parametrize("make", [lambda m: project_out(m, direction()), lambda m: remove_experts(m, PAIR, "prune")])
+def test_an_applied_edit_does_not_keep_the_model_alive(make):
+    model = tiny("mixtral")
+    edit = make(model)
+    edit.apply_(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert edit.nbytes > 0
+
+
 def test_another_base_is_refused_unless_forced():
     model, other = tiny("llama"), tiny("llama", seed=1)
     edit = project_out(model, direction())
@@ -258,6 +275,25 @@ def test_the_bridge_shows_the_edit():
         assert not torch.allclose(model.hf(**batch).logits, edited, atol=1e-2)
 
 
+def test_a_bridge_taken_inside_the_block_shows_an_untied_embedding():
+    from probe.models import wrap
+
+    model = wrap(tiny("gpt2"))
+    batch = inputs()
+    before = logits(model.hf)
+
+    def through_bridge() -> torch.Tensor:
+        with torch.no_grad():
+            return model.bridge(batch["input_ids"], attention_mask=batch["attention_mask"])
+
+    assert torch.allclose(through_bridge(), before, atol=1e-4)
+    with project_out(model, direction()).applied(model):
+        edited = logits(model.hf)
+        assert torch.allclose(through_bridge(), edited, atol=1e-4)
+    assert not torch.allclose(edited, before, atol=1e-2)
+    assert torch.allclose(through_bridge(), before, atol=1e-4)
+
+
 # ------------------------------------------------------------------ composition
 
 
@@ -291,6 +327,16 @@ def test_edits_of_one_base_add_up_and_report_conflicts():
     with (first + second).applied(model):
         total = model.model.layers[0].mlp.down_proj.weight.detach() - old
     assert torch.allclose(total, single[0] + single[1], atol=1e-6)
+
+
+def test_two_edits_that_untie_the_same_embedding_compose():
+    model = tiny("gemma2")
+    head = model.lm_head.weight.detach().clone()
+    first, second = project_out(model, direction(seed=1), None), project_out(model, direction(seed=2), None)
+    with (first + second).applied(model):
+        assert torch.equal(model.lm_head.weight, head)
+        assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_prune_then_project_composes():
