@@ -21,7 +21,7 @@ from probe.errors import DataError, LoadError
 if TYPE_CHECKING:
     from activations_cache.sites import Dims, Sites
 
-__all__ = ["Model", "load", "pad", "wrap"]
+__all__ = ["Model", "load", "pad", "token_strings", "wrap"]
 
 
 class Model:
@@ -78,8 +78,8 @@ class Model:
     def bridge(self) -> Any:
         """A `TransformerBridge` on a twin that shares storage: in-place edits of `hf` show in it.
 
-        Made on first use, and again if a parameter of `hf` has been replaced since. Never enable its compatibility mode:
-        that would rewrite the shared weights.
+        Made on first use, and again if a parameter of `hf` has been replaced since. Never enable its compatibility
+        mode: that would rewrite the shared weights.
         """
         if self._bridge is None or not _shares_storage(self.hf, self._twin):
             twin = _twin(self.hf)
@@ -134,9 +134,8 @@ class Model:
         return pad(made.input_ids, self.pad_id, padding_side, device or self.device)
 
     def str_tokens(self, text: str, *, bos: bool | None = None) -> list[str]:
-        """The text's tokens as readable strings, a space for each word mark."""
-        ids = self.tokens(text, bos=bos)["input_ids"][0]
-        return [self.tokenizer.decode([int(i)]) or self.tokenizer.convert_ids_to_tokens(int(i)) for i in ids]
+        """The text's tokens as readable strings, with their spaces."""
+        return token_strings(self.tokenizer, self.tokens(text, bos=bos)["input_ids"][0].tolist())
 
     @torch.no_grad()
     def generate(
@@ -254,6 +253,28 @@ def wrap(hf: nn.Module, tokenizer: Any = None, name: str = "") -> Model:
         return hf
     hf.eval()
     return Model(hf, tokenizer, name or str(getattr(getattr(hf, "config", None), "name_or_path", "")))
+
+
+def token_strings(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Each token as the text that it adds, its leading space included.
+
+    Decoding a token alone loses the space of SentencePiece tokens, so each is decoded behind another one. Special tokens,
+    and tokens that are only part of a character, are shown by their names.
+    """
+    ids = [int(i) for i in ids]
+    anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
+    front = tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
+    texts = {i: tokenizer.decode([*anchor, i], clean_up_tokenization_spaces=False) for i in set(ids)}
+
+    special = set(getattr(tokenizer, "all_special_ids", []))
+
+    def own(i: int) -> str:
+        if i in special:
+            return str(tokenizer.convert_ids_to_tokens(i))
+        text: str = texts[i].removeprefix(front) if texts[i].startswith(front) else texts[i]
+        return text if text and "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(i))
+
+    return [own(i) for i in ids]
 
 
 def pad(

@@ -17,6 +17,7 @@ from torch import Tensor
 from probe import _rows
 from probe.errors import DataError
 from probe.features._latents import _opened
+from probe.models import token_strings
 from saes.sparse import blocks, check_width
 
 
@@ -170,7 +171,7 @@ def _context(cache: Any, site: str, sae: Any, latent: int, row: int, window: int
     values = _encoded(sae, cache[site][torch.as_tensor(own)].flatten(1).float())[:, latent].numpy()
     activations[np.asarray(cache.rows["position"])[own] - start] = values
     part = tuple(int(i) for i in ids[start:stop])
-    tokens = tuple(tokenizer.decode([i]) if tokenizer is not None else f" {i}" for i in part)
+    tokens = tuple(token_strings(tokenizer, part) if tokenizer is not None else (f" {i}" for i in part))
     peak = position - start
     return Context(
         latent, float(activations[peak]), sequence, position, peak, part, tokens, tuple(float(a) for a in activations)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from probe.data import Pair, Pairs
 from probe.errors import DataError, PatchError
+from probe.models import token_strings
 from probe.scoring import answer_tokens
 
 if TYPE_CHECKING:
@@ -170,8 +171,8 @@ def _check_lengths(model: Model, name: str, clean: tuple[int, ...], corrupted: t
 
 def decode(model: Model, token: int) -> str:
     """One token as readable text."""
-    text: str = model.tokenizer.decode([token])
-    return text or str(model.tokenizer.convert_ids_to_tokens(token))
+    text = token_strings(model.tokenizer, [token])[0]
+    return text.strip(" ") or text
 
 
 def choose_align(pairs: Sequence[Tokenised], align: str, positions: Sequence[int] | str | None) -> str:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import probe
 from probe.errors import DataError, LoadError
-from probe.models import pad, wrap
+from probe.models import pad, token_strings, wrap
 
 
 def llama(**settings):
@@ -195,3 +195,19 @@ def test_damaged_checkpoints_are_refused(harm, checkpoint):
 def test_a_directory_can_be_moved_and_loaded_again(checkpoint, tmp_path):
     shutil.move(checkpoint, tmp_path / "elsewhere")
     assert probe.load(tmp_path / "elsewhere").dims.n_layers == 2
+
+
+@pytest.mark.parametrize("name", ["stories260K", "tinystories-656k", "tokenizers/gpt2"])
+def test_str_tokens_keep_spaces_and_join_to_the_text(name, shared_data):
+    from transformers import GPT2Tokenizer
+
+    folder = shared_data / name
+    tokenizer = (
+        GPT2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+        if name.endswith("gpt2")
+        else AutoTokenizer.from_pretrained(folder)
+    )
+    text = "Once upon a time, Lily's cat ran.  It sat"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert "".join(token_strings(tokenizer, ids)).strip() == text
+    assert len(token_strings(tokenizer, ids)) == len(ids)
