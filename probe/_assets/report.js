@@ -23,8 +23,15 @@
     return figure;
   }
 
+  // A map of many columns keeps its labels apart and scrolls sideways where the page is too narrow for it.
+  function needed(figure) {
+    var columns = figure.data.map(function (trace) { return trace.type === "heatmap" ? trace.x.length : 0; });
+    return 90 + 15 * Math.max.apply(null, columns.concat(0));
+  }
+
   function draw(div) {
     var figure = fitted(read(div.id + "-data"));
+    if (needed(figure) > div.clientWidth) { div.style.minWidth = needed(figure) + "px"; }
     div.style.minHeight = figure.layout.height + "px";
     var settings = { responsive: true, displaylogo: false, displayModeBar: narrow() ? false : "hover", modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
     return window.Plotly.newPlot(div, figure.data, figure.layout, settings);
