@@ -298,15 +298,14 @@ def describe_base(model: Any, weights: str) -> dict[str, Any]:
 def library_versions() -> dict[str, str]:
     """Versions of Python and the libraries that edits depend on."""
     import platform
+    import sys
 
     import torch
     import transformers
 
-    import probe
-
     return {
         "python": platform.python_version(),
-        "probe-workbench": probe.__version__,
+        "probe-workbench": sys.modules["probe"].__version__,  # importing the package would import upwards
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
