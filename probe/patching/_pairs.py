@@ -176,7 +176,7 @@ def decode(model: Model, token: int) -> str:
 
 
 def choose_align(pairs: Sequence[Tokenised], align: str, positions: Sequence[int] | str | None) -> str:
-    """Settle `align="auto"`: from the front where all pairs are equally long, else from the end.
+    """Settle `align="auto"`: as the positions are counted, else from the front where all pairs are equally long.
 
     Raises:
         PatchError: An unknown alignment, or positions that do not go with it.
@@ -186,9 +186,10 @@ def choose_align(pairs: Sequence[Tokenised], align: str, positions: Sequence[int
     if isinstance(positions, str) and positions != "all":
         raise PatchError(f"positions must be None, 'all' or a list of integers; got {positions!r}")
     if align == "auto":
-        negative = positions is not None and not isinstance(positions, str) and any(p < 0 for p in positions)
-        equal = len({len(pair) for pair in pairs}) == 1
-        align = "start" if equal and not negative else "end"
+        front = len({len(pair) for pair in pairs}) == 1
+        if positions is not None and not isinstance(positions, str):
+            front = not any(p < 0 for p in positions)
+        align = "start" if front else "end"
     if align == "span" and positions is not None:
         raise PatchError("align='span' patches by role (before, changed, after, last); positions= does not go with it")
     return align

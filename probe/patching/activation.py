@@ -3,6 +3,12 @@
 Denoising puts an activation of the clean run into the corrupted run and asks how much of the clean behaviour returns;
 noising puts the corrupted activation into the clean run and asks how much is lost (Heimersheim and Nanda, arXiv
 2404.15255; the method is Vig et al.'s and, for facts, Meng et al.'s causal tracing, arXiv 2202.05262).
+
+Pairs of different length need a rule that says which positions share a column (`align`). `"start"` and `"end"` count
+from there, restricted to positions that all pairs have; `"auto"` is as `positions` are counted, else `"start"` where
+all pairs are equally long, else `"end"`. `"span"` patches by role, the positions of a role together: before the first
+changed token; first, middle, last changed token; all from the first to the last changed one; after them; the last token
+of the prompt.
 """
 
 from __future__ import annotations
@@ -89,11 +95,7 @@ def patch(
         positions: Token positions to patch one by one, from the front, or negative ones from the end; `"all"` patches
             the whole sequence of a layer at once. Default every position that all pairs have. With `component="z"` the
             given positions are patched together, by default all.
-        align: How positions of pairs of different length are put into one column. `"start"` and `"end"` count from
-            there, restricted to positions that all pairs have; `"auto"` is `"start"` where all pairs are equally long,
-            else `"end"`; `"span"` patches by role, the positions of a role together: before the first changed
-            token, first / middle / last changed token, all from the first to the last changed one, after them, the last
-            token of the prompt.
+        align: How positions of pairs of different length are put into one column; see the module.
         bos: Whether a BOS token comes first; None leaves it to the tokenizer.
         batch_size: Runs per forward; bounds the memory.
         n_random: Random twins per pair and cell: instead of the difference of the two runs, a random vector of the same

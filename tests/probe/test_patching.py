@@ -325,6 +325,8 @@ def test_tokens_label_the_positions(llama):
     assert equal.settings["align"] == "start"
     chosen = patch(llama, Pairs.from_rows(ROWS[:2]), layers=0, positions=[-1, -2], n_random=0, progress=False)
     assert list(chosen.table.position) == [-1, -2]
+    front = patch(llama, PAIRS, layers=0, positions=[1], n_random=0, progress=False)  # of pairs of different length
+    assert list(front.table.token) == ["Anna (+2)"]
 
 
 def test_result_has_a_picture_and_survives_disk(llama, tmp_path):
