@@ -1,0 +1,179 @@
+"""The whole walk, on the small organism and on real checkpoints."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+import activations_cache as ac
+import probe
+from probe import recipe as recipes
+from probe._run import run
+from probe.editing import Edit
+from probe.errors import RecipeError
+from probe.targets import Scores
+
+NAMES = ["Tim", "Tom", "Ben", "Sara", "Max", "Timmy", "Sam"]
+
+
+def small_demo():
+    made = recipes.read(recipes.embedded("demo"))
+    made["model"]["size"] = "small"
+    made["experts"]["size"] = "small"
+    made["sae"] |= {"d_sae": 128, "k": 8, "n_tokens": 30_000}
+    made["patch"]["n_pairs"] = 6
+    made["audit"] = {"gold": 1, "n_boot": 200}
+    made["probe"]["n_boot"] = 200
+    return made
+
+
+def word_recipe(shared, name, **parts):
+    recipe = {
+        "format": 1,
+        "name": f"Forget Lily ({name})",
+        "model": {"path": str(shared / name)},
+        "data": {"corpus": str(shared / "corpora" / "tinystories_1000.json"), "word": "Lily", "others": NAMES},
+        "patch": {"n_pairs": 4},
+        "sae": {"d_sae": 128, "k": 8, "n_tokens": 20_000},
+        "probe": {"n_boot": 200},
+        "audit": {"n_boot": 200},
+        "edit": {"candidates": [{"method": "project_out", "target": "direction"}], "random_twins": 2},
+    }
+    return recipe | parts
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory):
+    out = tmp_path_factory.mktemp("walk") / "demo"
+    return run(small_demo(), out, progress=False)
+
+
+def test_a_run_leaves_what_the_design_names(walked):
+    out = walked.directory
+    for name in (
+        "recipe.yaml",
+        "manifest.json",
+        "report.html",
+        "model/config.json",
+        "model/model.safetensors",
+        "model/edit.json",
+        "model/edit.safetensors",
+        "model/tokenizer.json",
+        "model/README.md",
+    ):
+        assert (out / name).is_file(), name
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["finished"] is True
+    assert manifest["seconds"]["Report"] > 0
+    assert {"torch", "transformers"} <= set(manifest["versions"])
+    assert recipes.resolve(yaml.safe_load((out / "recipe.yaml").read_text())) == small_demo()
+    for name in ("sweep", "patch", "latents", "experts", "candidates", "twins", "audit", "removal", "contexts"):
+        assert len(pd.read_csv(out / "tables" / f"{name}.csv")) > 0
+    assert ac.open(out / "cache" / "labelled").verify() == []
+
+
+def test_the_exported_model_is_the_edited_one(walked):
+    base = probe.organisms.facts(size="small", progress=False).model
+    edit = Edit.load(walked.directory / "model")
+    ids = torch.arange(3, 40)[None] % base.dims.d_vocab
+    exported = AutoModelForCausalLM.from_pretrained(walked.model).eval()
+    with torch.no_grad():
+        before = base.hf(ids).logits
+        with edit.applied(base):
+            edited = base.hf(ids).logits
+        assert torch.equal(exported(ids).logits, edited)
+    assert not torch.allclose(edited, before)
+    assert edit.base_hash == base.weights_hash
+
+
+def test_the_walk_finds_the_secret_and_the_edit_forgets_it(walked):
+    sweep = walked.found.sweep
+    assert sweep.best.low > sweep.best.control_high  # members are told from the rest, shuffled labels are not
+    own = walked.found.experts
+    assert set(own.target.index) == set(own.planted)
+    table = walked.card.to_df().set_index(["set", "metric", "model"])["value"]
+    assert table["forget", "recall", "original"] > 0.9
+    assert table["forget", "probability", "edited"] < 0.5 * table["forget", "probability", "original"]
+    twins = pd.read_csv(walked.directory / "tables" / "twins.csv").set_index("edit")["forget_prob"]
+    assert twins["located"] < twins.filter(like="random").min()
+
+
+def test_the_report_shows_every_step_and_opens_offline(walked):
+    page = walked.report.read_text("utf-8")
+    for words in (
+        "bag of tokens",
+        "random twins",
+        "gold",
+        "Latent",
+        "Expert",
+        "manifest",
+        "sha" if "sha" in page else "hash",
+    ):
+        assert words.lower() in page.lower(), words
+    assert 'src="http' not in page
+    assert 'href="http' not in page
+    assert len(page) < 10e6
+
+
+def test_saved_scores_open_again(walked):
+    again = Scores.load(walked.directory / "scores" / "sweep")
+    assert again.top(1).site == walked.found.sweep.top(1).site
+    assert "sentence" in str(Edit.load(walked.directory / "edit")).lower() or walked.card.sentence
+
+
+def test_a_second_run_replaces_the_first_and_uses_its_caches(walked):
+    caches = {path: path.stat().st_mtime_ns for path in (walked.directory / "cache").rglob("shard-*.h5")}
+    again = run(small_demo(), walked.directory, progress=False)
+    assert caches
+    assert {path: path.stat().st_mtime_ns for path in (walked.directory / "cache").rglob("shard-*.h5")} == caches
+    pd.testing.assert_frame_equal(again.card.to_df(), walked.card.to_df())
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(RecipeError, match="no run of probe"):
+        run(small_demo(), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("name", ["tinystories-656k", "stories260K"])
+def test_the_same_walk_on_a_real_checkpoint(name, shared_data, tmp_path):
+    made = run(word_recipe(shared_data, name), tmp_path / "out", progress=False)
+    table = made.card.to_df().set_index(["set", "metric", "model"])["value"]
+    assert table["forget", "probability", "edited"] < table["forget", "probability", "original"]
+    exported = AutoModelForCausalLM.from_pretrained(made.model)
+    assert exported.config.num_hidden_layers == probe.load(shared_data / name).dims.n_layers
+    assert "Not measured" in made.card.sentence  # no gold, no holdout: said, not passed over
+
+
+def test_a_word_that_the_corpus_lacks(shared_data, tmp_path):
+    recipe = word_recipe(shared_data, "stories260K")
+    recipe["data"]["word"] = "Zarathustra"
+    with pytest.raises(probe.errors.DataError, match="Only 0 contexts"):
+        run(recipe, tmp_path / "out", progress=False)
+
+
+def test_questions_from_files(shared_data, tmp_path):
+    from activations_cache import read_documents
+    from probe.data import word_data
+
+    model = probe.load(shared_data / "stories260K")
+    texts = read_documents(shared_data / "corpora" / "tinystories_1000.json").texts
+    made = word_data(texts, "Lily", NAMES, max_rows=40, n_tokens=lambda t: len(model.tokenizer(t)["input_ids"]))
+    files = {
+        key: str(getattr(made, key).save(tmp_path / f"{key}.jsonl"))
+        for key in ("forget", "retain", "labelled", "pairs")
+    }
+    recipe = word_recipe(shared_data, "stories260K", data={**files, "positive": "Lily"}, sae=False)
+    result = run(recipe, tmp_path / "out", progress=False)
+    assert result.found.latents is None
+    assert result.report.is_file()
+    recipe["data"]["positive"] = "nobody"
+    with pytest.raises(probe.errors.DataError, match="does not occur"):
+        run(recipe, tmp_path / "other", progress=False)
