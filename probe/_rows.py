@@ -100,7 +100,9 @@ class Rows:
         return rows
 
 
-def select(cache: Any, label: Any, group: Any = None, positive: Any = None, rows: Mode = "last") -> Rows:
+def select(
+    cache: Any, label: Any, group: Any = None, positive: Any = None, rows: Mode = "last", sequences: Any = None
+) -> Rows:
     """Choose rows and give each its label and group.
 
     Args:
@@ -110,6 +112,7 @@ def select(cache: Any, label: Any, group: Any = None, positive: Any = None, rows
         positive: the class that counts as 1. With None there must be two classes, and the later one in sorted order
             (True, 1, ...) is positive.
         rows: "last", "all" or "mean".
+        sequences: numbers or a mask of the sequences to use (those of the split that locates, say); None for all.
 
     Raises:
         LabelError: a missing column, a wrong length, NaN or empty labels, one class, or several without `positive`.
@@ -120,16 +123,27 @@ def select(cache: Any, label: Any, group: Any = None, positive: Any = None, rows
         raise DataError("The cache holds no rows.")
     sequence = np.asarray(cache.rows["sequence"]).astype(np.int64)  # [stored]
     values, per_row = _column(cache, label, "label", len(sequence))
-    y_all, positive_name, negative_name = binary(values, positive)
     if per_row and rows == "mean":
         raise LabelError("Labels per stored row cannot be used with rows='mean'; use rows='all'.")
     stored, slot, of_slot = _slots(rows, sequence, np.asarray(cache.rows["position"]))
-    where = of_slot if per_row else sequence[of_slot]
-    y = _checked(y_all[where], positive_name, negative_name)
-    groups = _groups(cache, group, sequence[of_slot], of_slot)
-    return Rows(
-        rows, stored, slot, sequence[of_slot], y, groups, positive_name, negative_name, per_row, group is not None
-    )
+    if sequences is not None:
+        used = np.isin(sequence[of_slot], _numbers(sequences, cache.n_sequences))
+        stored, slot = stored[used[slot]], (np.cumsum(used) - 1)[slot[used[slot]]]
+        of_slot = of_slot[used]
+    own = sequence[of_slot]
+    y, positive_name, negative_name = binary(values[of_slot if per_row else own], positive)
+    groups = _groups(cache, group, own, of_slot)
+    return Rows(rows, stored, slot, own, y, groups, positive_name, negative_name, per_row, group is not None)
+
+
+def _numbers(sequences: Any, n: int) -> Int[ndarray, " chosen"]:
+    """Sequence numbers from numbers or a mask."""
+    index = np.asarray(sequences)
+    if index.dtype == bool and index.shape == (n,):
+        index = np.flatnonzero(index)
+    if index.dtype.kind not in "iu" or index.ndim != 1 or not index.size or index.min() < 0 or index.max() >= n:
+        raise DataError(f"sequences must be a mask over the {n} sequences or some of their numbers from 0 to {n - 1}.")
+    return index
 
 
 def _slots(mode: Mode, sequence: ndarray, position: ndarray) -> tuple[ndarray, ndarray, ndarray]:
@@ -214,20 +228,15 @@ def _name(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _checked(y: Int[ndarray, " n"], positive: str, negative: str) -> Int[ndarray, " n"]:
-    if y.min() == y.max():
-        raise LabelError(f"All {len(y)} rows used are {positive if y[0] else negative!r}; a label needs two classes.")
-    return y
-
-
 def _groups(cache: Any, group: Any, sequence: ndarray, stored: ndarray) -> Int[ndarray, " n"]:
     if group is None:
         return codes(sequence)
     values, per_row = _column(cache, group, "group", len(cache.rows["sequence"]))
+    values = values[stored if per_row else sequence]
     gone = _missing(values)
     if gone.any():
         raise LabelError(f"Every row needs a group; {int(gone.sum())} of {len(values)} are NaN or empty.")
-    return codes(values[stored if per_row else sequence].astype(str))
+    return codes(values.astype(str))
 
 
 def resolve_sites(cache: Any, sites: str | Sequence[str] | None) -> list[str]:

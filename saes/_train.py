@@ -32,6 +32,7 @@ def train(
     k: int = 32,
     n_tokens: int | None = None,
     epochs: float | None = None,
+    rows: Any = None,
     batch_size: int = 2048,
     lr: float | None = None,
     normalize_activations: Literal["expected_average_only_in", "none", "layer_norm"] = "expected_average_only_in",
@@ -48,20 +49,19 @@ def train(
     Every step is `sae_lens.SAETrainer.step`: Adam, gradient norm clipped at 1, linear warm-up over 5 % of the steps and
     decay over the last 20 %. The decoder bias starts at the mean of the rows. A BatchTopK SAE gets its threshold set,
     after training, to the value at which `k` latents a row are active on average (the moving average that sae-lens
-    keeps has not converged on short runs, and would let two to three times as many through).
-
-    Cost: 6 x rows x d_in x d_sae multiply-adds, forward and backward.
+    keeps has not converged on short runs, and would let two to three times as many through). Cost: 6 x rows x d_in x
+    d_sae multiply-adds, forward and backward.
 
     Args:
         cache: what `activations_cache.open` returns.
         site: a site of the cache; sites of several axes (hook_z) are flattened.
         d_sae: number of latents.
         architecture: "topk", "batchtopk", "standard", "gated" or "jumprelu".
-        k: latents active per row ("batchtopk": on average); ignored by the others, whose sparsity is set by a
-            coefficient in `settings`.
+        k: latents active per row ("batchtopk": on average); the others' sparsity is set by a coefficient in `settings`.
         n_tokens: rows to train on, with repetition where the cache has fewer.
         epochs: the same in passes over the cache; default 10 if neither is given.
-        batch_size: rows per step; at most the rows of the cache.
+        rows: numbers or a mask of the stored rows to train on; None for all.
+        batch_size: rows per step.
         lr: peak learning rate, for rows scaled as below; None takes 0.05 / sqrt(d_sae), at most 3e-3 (it falls with the
             width as in Gao et al. 2024, arXiv 2406.04093; the constant suits runs of some thousand steps).
         normalize_activations: "expected_average_only_in" scales rows so that their mean norm is sqrt(d_in), by the
@@ -71,10 +71,9 @@ def train(
         device: default the GPU if there is one.
         dtype: of the weights.
         out: directory to save to; `sae_lens.SAE.load_from_disk` opens it.
-        few_rows: what to do when the cache has fewer than 32 rows per latent.
+        few_rows: what to do when there are fewer than 32 rows per latent.
         progress: show a bar with loss, L0, FVU and dead latents.
-        **settings: further fields of sae-lens's training configuration of the architecture, such as `l1_coefficient`,
-            `l0_coefficient`, `aux_loss_coefficient`.
+        **settings: further fields of sae-lens's training configuration: `l1_coefficient`, `l0_coefficient`, ...
 
     Returns:
         A sae-lens inference `SAE`: what loading `out` gives.
@@ -86,17 +85,17 @@ def train(
     """
     d_in = int(cache[site][0:1].flatten(1).shape[1])
     lr = min(3e-3, 0.05 / max(d_sae, 1) ** 0.5) if lr is None else lr
-    _check_config(architecture, d_sae, k, batch_size, lr)
-    _check_rows(cache, site, d_sae, k, few_rows)
-    total = _total(len(cache), n_tokens, epochs)
-    batch_size = min(batch_size, len(cache), total)
+    n_rows = len(cache) if rows is None else _count(rows)
+    _check_config(architecture, d_sae, k, batch_size, lr, out)
+    _check_rows(cache, site, n_rows, d_sae, k, few_rows)
+    total = _total(n_rows, n_tokens, epochs)
+    batch_size = min(batch_size, n_rows, total)
     device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    name = str(dtype).removeprefix("torch.")
-    common = {"d_in": d_in, "d_sae": d_sae, "device": device, "dtype": name}
+    common = {"d_in": d_in, "d_sae": d_sae, "device": device, "dtype": str(dtype).removeprefix("torch.")}
     with torch.random.fork_rng(devices=[device] if device.startswith("cuda") else []):
         torch.manual_seed(seed)
         sae = _untrained(architecture, k, {**common, "normalize_activations": normalize_activations, **settings})
-    batches = _rows(cache, site, batch_size, seed, getattr(torch, name))
+    batches = _rows(cache, site, rows, batch_size, seed, sae.dtype)
     trainer = _trainer(sae, batches, total, batch_size, lr, device)
     _start_from_statistics(trainer, cache, site)
     _run(trainer, batches, total, progress)
@@ -106,7 +105,10 @@ def train(
     return _saved(sae, out, device)
 
 
-def _check_config(architecture: str, d_sae: int, k: int, batch_size: int, lr: float) -> None:
+def _check_config(architecture: str, d_sae: int, k: int, batch_size: int, lr: float, out: str | Path | None) -> None:
+    path = None if out is None else Path(out)
+    if path and path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / "cfg.json").exists())):
+        raise SAEConfigError(f"{path} exists and holds no SAE; give a new or empty directory.")
     if architecture not in ARCHITECTURES:
         raise SAEConfigError(f"architecture must be one of {', '.join(ARCHITECTURES)}; got {architecture!r}.")
     if d_sae < 1 or batch_size < 1 or not lr > 0:
@@ -115,7 +117,12 @@ def _check_config(architecture: str, d_sae: int, k: int, batch_size: int, lr: fl
         raise SAEConfigError(f"k must be between 1 and d_sae; got k = {k} with d_sae = {d_sae}.")
 
 
-def _check_rows(cache: Any, site: str, d_sae: int, k: int, few_rows: str) -> None:
+def _count(rows: Any) -> int:
+    index = torch.as_tensor(rows)
+    return int(index.sum()) if index.dtype == torch.bool else index.numel()
+
+
+def _check_rows(cache: Any, site: str, n_rows: int, d_sae: int, k: int, few_rows: str) -> None:
     """Refuse rows from which nothing can be learnt; warn (or refuse) where they are few for the width."""
     stats = cache.stats[cache[site].spec.name]
     if not torch.isfinite(stats.mean).all() or not torch.isfinite(stats.var).all():
@@ -124,14 +131,14 @@ def _check_rows(cache: Any, site: str, d_sae: int, k: int, few_rows: str) -> Non
         raise SAEDataError(
             f"The activations of {site!r} are constant over all {stats.count} rows; there is nothing to learn."
         )
-    if len(cache) <= k:
-        raise SAEDataError(f"The cache has {len(cache)} rows; an SAE with k = {k} needs more than k of them.")
-    if len(cache) >= _ROWS_PER_LATENT * d_sae:
+    if n_rows <= k:
+        raise SAEDataError(f"There are {n_rows} rows to train on; an SAE with k = {k} needs more than k of them.")
+    if n_rows >= _ROWS_PER_LATENT * d_sae:
         return
     message = (
-        f"{len(cache)} rows for {d_sae} latents are few (under {_ROWS_PER_LATENT} each): expect many dead latents and "
+        f"{n_rows} rows for {d_sae} latents are few (under {_ROWS_PER_LATENT} each): expect many dead latents and "
         "latents that describe single rows. Capture more text, or train at most "
-        f"{max(len(cache) // _ROWS_PER_LATENT, 1)} latents."
+        f"{max(n_rows // _ROWS_PER_LATENT, 1)} latents."
     )
     if few_rows == "error":
         raise SAEDataError(message)
@@ -167,15 +174,16 @@ def _untrained(architecture: str, k: int, settings: dict[str, Any]) -> Any:
         settings["k"] = k if architecture == "topk" else float(k)
     try:
         return sae_class(config_class(**settings))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError) as error:
         raise SAEConfigError(f"sae-lens refuses these settings of {architecture!r}: {error}") from error
 
 
 def _rows(
-    cache: Any, site: str, batch_size: int, seed: int, dtype: torch.dtype
+    cache: Any, site: str, rows: Any, batch_size: int, seed: int, dtype: torch.dtype
 ) -> Iterator[Float[Tensor, "batch d_in"]]:
     """Shuffled batches without end, all of one size."""
-    for batch in cache.batches(site, batch_size=batch_size, seed=seed, epochs=None, dtype=dtype, drop_last=True):
+    batches = cache.batches(site, batch_size=batch_size, seed=seed, epochs=None, dtype=dtype, rows=rows, drop_last=True)
+    for batch in batches:
         yield batch.flatten(1)
 
 
@@ -271,8 +279,6 @@ def _saved(sae: Any, out: str | Path | None, device: str) -> Any:
             sae.save_inference_model(folder)
             return load(folder, device=device)
     out = Path(out)
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "cfg.json").exists())):
-        raise SAEConfigError(f"{out} exists and holds no SAE; give a new or empty directory.")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
         for path in sae.save_inference_model(folder):

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 from numpy import ndarray
+from torch import Tensor
 from tqdm.auto import tqdm
 
 import saes
@@ -32,6 +33,7 @@ def latents(
     group: str | Sequence[Any] | None = None,
     *,
     rows: _rows.Mode = "last",
+    sequences: Any = None,
     n_controls: int = 100,
     n_boot: int = 1000,
     n_intervals: int = 256,
@@ -58,6 +60,7 @@ def latents(
         positive: the class that counts as 1, as in `probe.probing.sweep`.
         group: what rows share (a person, a template); None: each sequence is its own group.
         rows: "last" stored row of each sequence, the "mean" activation over its rows, or "all" rows.
+        sequences: numbers or a mask of the sequences to use (the split that locates); None for all.
         n_controls: permuted labellings; the smallest p-value is 1 / (1 + n_controls).
         n_boot: bootstrap replicates over groups.
         n_intervals: how many of the best latents get an interval (the others' `low`, `high` are NaN).
@@ -82,33 +85,37 @@ def latents(
     (name,) = _rows.one_site(cache, site)
     model_hash = _rows.model_hash(cache, model)
     sae_name, sae = _opened(sae)
-    chosen = _rows.select(cache, label, group, positive, rows)
+    chosen = _rows.select(cache, label, group, positive, rows, sequences)
     acts = _activations(cache, name, sae, chosen, batch_size, progress)  # [n, d_sae], sparse
     table, null = _table(acts, chosen, n_controls, seed)
     _add_intervals(table, acts, chosen, n_boot, n_intervals, seed, progress)
     twins = _add_twins(table, n_twins, seed)
     _add_place(table, name, chosen)
     settings = {
-        "site": name,
-        "sae": sae_name,
-        **chosen.settings(label, group),
-        "d_sae": acts.shape[1],
-        "n_live": len(table),
-        "n_controls": n_controls,
-        "n_boot": n_boot,
-        "n_twins": n_twins,
-        "seed": seed,
-        "warnings": _warnings(table, chosen),
+        **{"site": name, "sae": sae_name, **chosen.settings(label, group)},
+        **{"d_sae": acts.shape[1], "n_live": len(table), "n_controls": n_controls, "n_boot": n_boot},
+        **{"n_twins": n_twins, "seed": seed, "warnings": _warnings(table, chosen)},
     }
-    decoder = sae.W_dec.detach().float().cpu()
+    return _scores(table, twins, null, settings, sae.W_dec.detach().float().cpu(), model_hash)
+
+
+def _scores(
+    table: pd.DataFrame,
+    twins: Float[ndarray, "best twin"],
+    null: Float[ndarray, "latent control"],
+    settings: dict[str, Any],
+    decoder: Float[Tensor, "d_sae d"],
+    model_hash: str,
+) -> Scores:
+    note = f"{settings['n_twins']} random latents of similar activation frequency for each of the best {_N_TWINNED}"
     return Scores(
         method="features.latents",
         kind="latent",
         table=table,
         score_name="separation (2 AUC - 1)",
         twins=twins,
-        twins_note=f"{n_twins} random latents of similar activation frequency for each of the best {_N_TWINNED}",
-        controls={"shuffled": pd.DataFrame({"control": np.arange(n_controls), "highest": null.max(0)})},
+        twins_note=note,
+        controls={"shuffled": pd.DataFrame({"control": np.arange(null.shape[1]), "highest": null.max(0)})},
         settings=settings,
         model_hash=model_hash,
         vectors={i: decoder[latent].clone() for i, latent in enumerate(table["latent"])},

@@ -59,6 +59,7 @@ def subspace(
     *,
     shrinkage: float = 0.1,
     rows: _rows.Mode = "last",
+    sequences: Any = None,
     n_random: int = 100,
     folds: int = 5,
     seed: int = 0,
@@ -79,6 +80,7 @@ def subspace(
         k: rank.
         shrinkage: of the covariance towards a multiple of the identity, in (0, 1].
         rows: which rows of each sequence, as in `sweep`.
+        sequences: which sequences, as in `sweep`.
         n_random: random subspaces.
         folds: folds over the positive class's groups.
         seed: folds and random subspaces.
@@ -93,7 +95,7 @@ def subspace(
     model_hash = _rows.model_hash(cache, model)
     if group is None:
         raise LabelError("subspace needs group=: it looks for what tells the groups of the positive class apart.")
-    chosen = _rows.select(cache, label, group, positive, rows)
+    chosen = _rows.select(cache, label, group, positive, rows, sequences)
     x = chosen.read(cache, name).double().numpy()  # [n, d]
     held, rest, members = x[chosen.y == 1], x[chosen.y == 0], chosen.groups[chosen.y == 1]
     _check(held, rest, members, k, shrinkage)

@@ -51,6 +51,7 @@ def sweep(
     *,
     positive: Any = None,
     rows: _rows.Mode = "last",
+    sequences: Any = None,
     folds: int = 5,
     seed: int = 0,
     n_boot: int = 1000,
@@ -63,11 +64,9 @@ def sweep(
     """Fit linear probes at every site of a cache and score them on groups that they were not fitted on.
 
     `score` is the balanced accuracy out of fold. Its interval is a bootstrap over groups, widened by what the shuffled
-    labels show that bootstrapping misses (`probe._stats.overlap_ratio`). Standardisation is fitted in the training
-    folds. The vectors of the result are the unit directions, in activation space, of probes fitted on all rows.
-
-    Cost: sites x methods x folds fits, real label and controls together; one site in memory at a time
-    (4 bytes x rows x width, and 8 bytes more inside a fit).
+    labels show that bootstrapping misses (`probe._stats.overlap_ratio`). Standardisation is fitted in training folds.
+    The vectors are the unit directions, in activation space, of probes fitted on all rows. Cost: sites x methods x
+    folds fits, real label and controls together; one site in memory at a time (12 bytes x rows x width).
 
     Args:
         cache: what `activations_cache.open` returns.
@@ -77,6 +76,7 @@ def sweep(
         methods: names of `probe.probing.METHODS`, or fitters with `name` and `fit`.
         positive: the class that counts as 1; the directions point to it.
         rows: "last" stored row of each sequence, "mean" over its rows, or "all" rows.
+        sequences: numbers or a mask of the sequences to use (the split that locates); None for all.
         folds: number of folds; reduced, with a warning, where a class has fewer groups.
         seed: folds, bootstrap and permutations.
         n_boot: bootstrap replicates.
@@ -103,7 +103,7 @@ def sweep(
     names = _rows.resolve_sites(cache, sites)
     model_hash = _rows.model_hash(cache, model)
     fitters = _fitters(methods, l2)
-    chosen = _rows.select(cache, label, group, positive, rows)
+    chosen = _rows.select(cache, label, group, positive, rows, sequences)
     design = _design(chosen, folds, seed, n_boot, n_controls)
     baselines = _baselines(cache, design, l2)
     results: list[_Result] = []

@@ -312,6 +312,28 @@ def test_reading_in_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
             torch.testing.assert_close(rows.read(cache, "s"), whole)
 
 
+def test_some_sequences_are_as_a_cache_of_those() -> None:
+    rng = np.random.default_rng(0)
+    sequence = np.repeat(np.arange(60), rng.integers(1, 4, size=60))
+    x = (rng.normal(size=(len(sequence), 4)) + sequence[:, None] % 2).astype("f4")
+    y = np.array([s % 2 if s < 40 else np.nan for s in range(60)])  # what is left out needs no label
+    group = np.arange(60) // 4
+    mask = np.arange(60) < 40
+    kept = mask[sequence]
+    cache, alone = MemoryCache({"s": x}, sequence=sequence), MemoryCache({"s": x[kept]}, sequence=sequence[kept])
+    for mode in ("last", "mean", "all"):
+        part = _rows.select(cache, y, group, None, mode, mask)  # type: ignore[arg-type]
+        whole = _rows.select(alone, y[:40], group[:40], None, mode)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(part.y, whole.y)
+        np.testing.assert_array_equal(part.groups, whole.groups)
+        torch.testing.assert_close(part.read(cache, "s"), whole.read(alone, "s"))
+    by_number = _rows.select(cache, y, sequences=[3, 8, 1])
+    assert by_number.sequence.tolist() == [1, 3, 8]
+    for bad in ([60], [-1], np.ones(59, bool), [0.5], []):
+        with pytest.raises(DataError, match="mask over the 60"):
+            _rows.select(cache, y, sequences=bad)
+
+
 def test_labels_per_stored_row() -> None:
     rng = np.random.default_rng(0)
     sequence = np.repeat(np.arange(40), 6)

@@ -76,6 +76,18 @@ def test_seed_decides_the_weights(world: Any) -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_training_on_some_rows_sees_no_others(world: Any) -> None:
+    """Rows of six features alone: rows of the others are reconstructed far worse."""
+    cache, _, on = world
+    part = on[:, :6].sum(1) == ACTIVE
+    sae = fit(cache, rows=part, d_sae=8, epochs=200, batch_size=128, few_rows="warn")
+    inside = saes.evaluate(sae, cache, SITE, rows=np.flatnonzero(part))
+    outside = saes.evaluate(sae, cache, SITE, rows=np.flatnonzero(on[:, :6].sum(1) == 0))
+    assert inside.fvu < 0.3
+    assert outside.fvu > 0.5
+    assert inside.n == part.sum()
+
+
 @pytest.mark.parametrize(
     ("normalization", "settings"),
     [
@@ -196,6 +208,8 @@ def test_bad_settings_are_refused(world: Any) -> None:
         fit(cache, epochs=1, n_tokens=100)
     with pytest.raises(SAEConfigError, match="positive"):
         fit(cache, epochs=0)
+    with pytest.raises(SAEConfigError, match="float12"):
+        fit(cache, dtype="float12")
     with pytest.raises(SiteError, match="hook_resid_pre"):
         saes.train(cache, "blocks.0.hook_resid_pree", d_sae=8, k=2)
 
