@@ -113,25 +113,8 @@ def capture(
     """
     if device is not None:
         hashing.hf_model(model).to(device)
-    job = prepare(
-        Request(
-            model=model,
-            data=data,
-            sites=sites,
-            out=Path(out),
-            tokenizer=tokenizer,
-            positions=positions,
-            dtype=dtype,
-            batch_tokens=batch_tokens,
-            shard_rows=shard_rows,
-            max_length=max_length,
-            bos=bos,
-            chat=chat,
-            overflow=overflow,
-            columns=columns,
-            text_column=text_column,
-        )
-    )
+    request = (model, data, sites, Path(out), tokenizer, positions, dtype, batch_tokens, shard_rows, max_length)
+    job = prepare(Request(*request, bos, chat, overflow, columns, text_column))
     if job.tokens.n_truncated:
         cut = f"{job.tokens.n_truncated} of {len(job.tokens)} documents were cut to {job.max_length} tokens"
         warnings.warn(cut, stacklevel=2)

@@ -125,6 +125,13 @@ def row_numbers(rows: Any, total: int) -> npt.NDArray[np.int64]:
     return np.where(index < 0, index + total, index).astype(np.int64)
 
 
+def _torch_type(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not isinstance(found, torch.dtype):
+        raise DataError(f"dtype must be a torch type or the name of one; got {dtype!r}")
+    return found
+
+
 class _Fields(Mapping[str, Any]):
     """Named arrays, read when first asked for."""
 
@@ -244,7 +251,7 @@ class Cache:
         batch_size: int = 4096,
         seed: int = 0,
         epochs: int | None = 1,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         *,
         rows: Any = None,
         shuffle: bool = True,
@@ -259,7 +266,7 @@ class Cache:
             batch_size: Rows per batch.
             seed: Fixes the order, together with the number of the epoch.
             epochs: Times through the rows; None goes on for ever.
-            dtype: Type of the batches; None keeps the storage type.
+            dtype: Type of the batches, e.g. torch.float32 or "float32"; None keeps the storage type.
             rows: Draw from these rows alone: row numbers or a boolean mask.
             shuffle: False gives the rows in order.
             drop_last: Leave out an epoch's last batch if it is smaller than the others.
@@ -283,7 +290,7 @@ class Cache:
             batch_size=batch_size,
             seed=seed,
             epochs=epochs,
-            cast=dtype,
+            cast=_torch_type(dtype),
             rows=numbers,
             shuffle=shuffle,
             drop_last=drop_last,
@@ -374,8 +381,8 @@ def open(path: str | Path, check: bool = True) -> Cache:
 
     Args:
         path: The cache directory.
-        check: Check that every shard is there in its full size. False opens a damaged cache; reading the damaged rows
-            then raises.
+        check: Check that every shard is there in its full size, and write index.h5 again if it is missing or stale.
+            False opens a damaged cache too, and writes nothing; reading the damaged rows then raises.
 
     Raises:
         CacheError: No such directory.
@@ -400,7 +407,8 @@ def open(path: str | Path, check: bool = True) -> Cache:
             "the same capture with resume=True goes on",
             stacklevel=2,
         )
-    _refresh_index(directory, manifest)
+    if check:
+        _refresh_index(directory, manifest)
     return cache
 
 

@@ -8,6 +8,7 @@ import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -116,6 +117,24 @@ def test_other_architectures(architecture: str, tmp_path: Path):
     for name in cache.sites:
         stored = cache[name][cache.rows["sequence"] == 3]
         torch.testing.assert_close(stored, expected[name][0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_by_default_nothing_is_lost(dtype: torch.dtype, tmp_path: Path):
+    model, rows = tiny("llama", dtype=dtype), [[5, 6, 7]] * 4
+    cache = small(tmp_path / "acts", rows, model=model)
+    inputs = {"input_ids": torch.tensor(rows), "attention_mask": torch.ones(4, 3, dtype=torch.long)}
+    with torch.no_grad():
+        expected = sites.run(model, inputs, read=SITE).values[SITE]
+    assert cache[SITE][:].dtype == dtype
+    assert torch.equal(cache[SITE][:].reshape(4, 3, -1), expected)
+    assert cache.model.dtype == str(dtype).removeprefix("torch.")
+
+
+def test_a_wrapped_model_brings_its_name(tmp_path: Path):
+    cache = small(tmp_path / "acts", model=SimpleNamespace(hf=llama(), tokenizer=None, name="my llama"))
+    assert cache.model.name == "my llama"
+    assert "my llama" in cache.info()
 
 
 def test_the_forward_stops_after_the_last_site(tmp_path: Path):

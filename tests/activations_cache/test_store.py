@@ -438,6 +438,21 @@ def test_a_missing_or_foreign_index_is_rebuilt(copy: Path, tmp_path: Path):
         assert (copy / "index.h5").read_bytes() == original
 
 
+def test_opening_unchecked_writes_nothing(copy: Path):
+    (copy / "index.h5").write_bytes(b"no HDF5")
+    (problem,) = ac.open(copy, check=False).verify()
+    assert problem.kind == "index"
+    assert (copy / "index.h5").read_bytes() == b"no HDF5"
+
+
+def test_batches_come_in_the_type_that_was_asked_for(made: Path):
+    cache = ac.open(made)
+    assert next(iter(cache.batches(SITE, 4, dtype="float64"))).dtype == torch.float64
+    assert next(iter(cache.batches(SITE, 4))).dtype == torch.float32
+    with pytest.raises(DataError, match="name of one; got 'float99'"):
+        cache.batches(SITE, 4, dtype="float99")
+
+
 def test_a_moved_cache_stays_right(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     plain = everything(copy)
     moved = copy.rename(tmp_path / "moved")
