@@ -264,7 +264,26 @@ def _contexts_section(contexts: Any) -> Section:
 
 def _removal_section(table: pd.DataFrame) -> Section:
     text = "The located experts switched off, beside as many random ones: what the routing difference is worth."
+    if {"arm", "set", "recall"} <= set(table.columns):
+        text += " For the random ones the mean over draws, the lowest and the highest."
+        table = _removal_by_set(table)
     return Section("What removing the experts does", text, table=table)
+
+
+def _removal_by_set(table: pd.DataFrame) -> pd.DataFrame:
+    """A row per set and measure: intact, removed, random."""
+    import pandas as pd
+
+    rows = []
+    for name in table["set"].unique():
+        for measure in [key for key in ("recall", "prob") if key in table.columns]:
+            row = {"set": name, "measure": "probability" if measure == "prob" else measure}
+            for arm in table["arm"].unique():
+                values = table.loc[(table["set"] == name) & (table["arm"] == arm), measure]
+                spread = f" ({_number(values.min())} to {_number(values.max())})" if len(values) > 1 else ""
+                row[str(arm)] = _number(values.mean()) + spread
+            rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def _candidates_section(table: pd.DataFrame) -> Section:
@@ -272,6 +291,8 @@ def _candidates_section(table: pd.DataFrame) -> Section:
         "Settings were chosen on groups that neither located the target nor score the edit. Chosen is the candidate "
         "that forgets most among those that keep enough."
     )
+    first = [name for name in ("candidate", "rank", "chosen") if name in table.columns]
+    table = table[[*first, *(name for name in table.columns if name not in first)]]
     return Section("Which edit was chosen, and from what", text, table=table, part="edit")
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 import io
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from probe.errors import AuditError
 from probe.plots import before_after_bars, distance_bars
 
 FORMAT = 1
+_WIDE = 132  # characters at which a value and its interval fit beside each other
 _TEXTS = ("set", "metric", "model", "unit", "n_of", "interval", "id", "group")
 _MODELS = {"original": "original", "edited": "edited", "change": "change", "gold": "gold"}
 
@@ -139,23 +141,32 @@ class ReportCard:
             raise AuditError(f"{directory} holds no report card that can be read: {error!r}") from error
 
     def __repr__(self) -> str:
-        from rich import box
         from rich.console import Console
+
+        width = min(max(shutil.get_terminal_size((_WIDE, 24)).columns, 80), _WIDE)
+        console = Console(file=io.StringIO(), width=width, highlight=False, no_color=True)
+        console.print(self)
+        text: str = console.file.getvalue()  # type: ignore[attr-defined]
+        return "\n".join(line.rstrip() for line in text.splitlines()).strip("\n")
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        """What rich prints: table and sentence; a narrow terminal has intervals under values and no change."""
+        from rich import box
         from rich.table import Table
+        from rich.text import Text
 
         wide = self.wide()
-        models = [name for name in wide.columns if name in _MODELS.values()]
+        roomy = options.max_width >= _WIDE
+        models = [name for name in wide.columns if name in _MODELS.values() and (roomy or name != "change")]
         table = Table("", *models, box=box.SIMPLE_HEAD, pad_edge=False)
+        table.columns[0].no_wrap, table.columns[0].min_width = roomy, 26
+        before = " [" if roomy else "\n["
         for name, part in wide.groupby("set", sort=False):
-            table.add_row(f"{name} ({part['n'].iloc[0]})")
+            table.add_row(Text(f"{name} ({part['n'].iloc[0]})", style="bold"))
             for row in records(part):
-                table.add_row(f"  {row['metric']}", *[row[model] for model in models])
-        table.columns[0].no_wrap = True
-        console = Console(file=io.StringIO(), width=132, highlight=False, no_color=True)
-        console.print(table)
-        console.print(self.sentence, markup=False, soft_wrap=False)
-        text: str = console.file.getvalue()  # type: ignore[attr-defined]
-        return text.rstrip()
+                table.add_row(f"  {row['metric']}", *[Text(row[model].replace(" [", before)) for model in models])
+        yield table
+        yield Text(self.sentence)
 
     def _repr_html_(self) -> str:
         shown: str = self.wide().to_html(index=False, border=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from rich.console import Console
 from scipy.stats import binomtest, entropy
 
 from probe.audit import ReportCard, audit
@@ -454,6 +456,17 @@ def test_what_a_reader_sees(card):
     assert wide.n == "4 questions"
     assert [trace.name for trace in card.plot().data[:3]] == ["original", "edited", "gold"]
     assert card.plot_distance().data[1].y[0] == card.value("forget", "kl_gold_model")
+
+
+@pytest.mark.parametrize(("width", "beside", "change"), [(80, "\n", False), (160, "100 % [", True)])
+def test_rich_prints_the_card_to_the_width_of_the_terminal(card, width, beside, change):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(card)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    assert beside in text
+    assert ("change" in text.splitlines()[1]) == change
 
 
 def test_which_questions_changed_can_be_read_from_the_answers(card, sets):

@@ -226,6 +226,14 @@ def test_an_edit_is_shown_tensor_by_tensor():
     assert set(section.table["parameter"]) == set(edit.parameters)
 
 
+def test_removal_is_shown_as_one_row_a_set_and_measure():
+    rows = [("intact", "law", 1.0), ("removed", "law", 0.0), ("random", "law", 0.9), ("random", "law", 1.0)]
+    (section,) = sections({"removal": pd.DataFrame(rows, columns=["arm", "set", "recall"])})
+    assert section.table.to_dict("records") == [
+        {"set": "law", "measure": "recall", "intact": "1", "removed": "0", "random": "0.95 (0.9 to 1)"}
+    ]
+
+
 def test_tables_round_align_and_cut():
     table = pd.DataFrame(
         {"a_b": [1.23456789, np.nan, 3.0], "text": ["<b>", None, "x" * 60], "yes": [True, False, True]}
