@@ -7,4 +7,14 @@ from probe.organisms._facts import FactsOrganism, FactsSettings, facts
 from probe.organisms._organism import Gold, Organism
 from probe.organisms._recall import Recall
 
-__all__ = ["ExpertsOrganism", "ExpertsSettings", "FactsOrganism", "FactsSettings", "Gold", "Organism", "Recall", "experts", "facts"]
+__all__ = [
+    "ExpertsOrganism",
+    "ExpertsSettings",
+    "FactsOrganism",
+    "FactsSettings",
+    "Gold",
+    "Organism",
+    "Recall",
+    "experts",
+    "facts",
+]

@@ -1,10 +1,12 @@
 """The folder where trained organisms are kept, keyed by their settings.
 
-An organism is trained into a directory beside its final place and renamed when it is whole, so a killed training leaves nothing that looks finished. A file lock
-keeps two processes from training the same thing twice. What is read back is checked against the SHA-256 of each file that was written.
+An organism is trained into a directory beside its final place and renamed when it is whole, so a killed training leaves
+nothing that looks finished. A file lock keeps two processes from training the same thing twice. What is read back is
+checked against the SHA-256 of each file that was written.
 
-The key is made of the settings and of the version of the language and of the training code. The versions of torch and transformers are recorded beside the
-weights and are not part of the key: an upgrade of either should not silently retrain what an earlier result was measured on.
+The key is made of the settings and of the version of the language and of the training code. The versions of torch and
+transformers are recorded beside the weights and are not part of the key: an upgrade of either should not silently
+retrain what an earlier result was measured on.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ RECORD = "organism.json"
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
-    """Return the folder for organisms: `cache_dir`, else the environment's PROBE_CACHE_DIR, else the user's cache folder."""
+    """Return the folder for organisms: `cache_dir`, else PROBE_CACHE_DIR, else the user's cache folder."""
     if cache_dir is not None:
         return Path(cache_dir).expanduser()
     if os.environ.get(ENV):
@@ -137,7 +139,7 @@ def _build(path: Path, settings: Mapping[str, Any], build: Callable[[Path], Mapp
             handle.flush()
             os.fsync(handle.fileno())
         work.chmod(0o755)
-        os.replace(work, path)
+        work.replace(path)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise

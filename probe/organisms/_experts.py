@@ -1,4 +1,4 @@
-"""The experts organism: a small Mixtral that knows four domains about the same towns, with a known expert for each or not."""
+"""The experts organism: a small Mixtral that knows four domains about the same towns."""
 
 from __future__ import annotations
 
@@ -74,9 +74,7 @@ class ExpertsSettings:
 
 SIZES: dict[str, ExpertsSettings] = {
     "default": ExpertsSettings(),
-    "small": ExpertsSettings(
-        n_subjects=12, n_holdout=6, d_model=64, d_mlp=96, epochs=16, batch_size=16, threads=1
-    ),
+    "small": ExpertsSettings(n_subjects=12, n_holdout=6, d_model=64, d_mlp=96, epochs=16, batch_size=16, threads=1),
 }
 
 
@@ -92,9 +90,10 @@ def experts(
 ) -> ExpertsOrganism:
     """Return a small Mixtral trained on four domains about the same towns, training it on first use.
 
-    `kind="planted"` supervises the router: in every layer each domain's tokens (from the domain's own word on) go to one
-    known expert first, `organism.planted`. `kind="natural"` leaves the router to the language-model loss and load
-    balancing; what specialisation comes of it is partial and must be measured. The first domain is what is to be forgotten.
+    `kind="planted"` supervises the router: in every layer each domain's tokens (from the domain's own word on) go to
+    one known expert first, `organism.planted`. `kind="natural"` leaves the router to the language-model loss and load
+    balancing; what specialisation comes of it is partial and must be measured. The first domain is what is to be
+    forgotten.
 
     Args:
         size: `"default"` (40 towns, d_model 96) or `"small"` (12 towns, d_model 64, for tests). Both have 2 layers.
@@ -145,7 +144,9 @@ class ExpertsOrganism(Organism):
     def _questions(self, unseen: bool) -> dict[str, Questions]:
         """Return the questions of each domain, then those of forget, retain and holdout."""
         rows = self.language.rows(unseen)
-        splits = {d: [r for r in rows if r["meta"]["attribute"] == d and r["meta"]["trained_subject"]] for d in self.domains}
+        splits = {
+            d: [r for r in rows if r["meta"]["attribute"] == d and r["meta"]["trained_subject"]] for d in self.domains
+        }
         for split in ("forget", "retain", "holdout"):
             splits[split] = [r for r in rows if r["meta"]["split"] == split]
         return {split: Questions.from_rows(own, split) for split, own in splits.items()}
@@ -197,8 +198,12 @@ class ExpertsOrganism(Organism):
         weight = self.settings["router_weight"]
         if self.settings["kind"] == "natural":
             return lambda output, real, docs: weight * 0.02 * output.aux_loss
-        owners = torch.tensor([[expert for _, expert in self.planted[d.kind.split("-")[0]]] for d in documents])  # [doc, layer]
-        return lambda output, real, docs: weight * planted_loss(output.router_logits, real, owners.to(docs.device)[docs])
+        owners = torch.tensor(
+            [[expert for _, expert in self.planted[d.kind.split("-")[0]]] for d in documents]
+        )  # [doc, layer]
+        return lambda output, real, docs: (
+            weight * planted_loss(output.router_logits, real, owners.to(docs.device)[docs])
+        )
 
 
 def planted_loss(
@@ -247,7 +252,7 @@ class DomainLanguage:
         return drawn
 
     def documents(self) -> Iterator[Document]:
-        """Yield the training documents: each domain's facts in its trained phrasings; the kind is the phrasing's name."""
+        """Yield each domain's facts in its trained phrasings; a document's kind is its phrasing."""
         for domain in DOMAINS:
             split = "forget" if domain.name == FORGET_DOMAIN else "retain"
             for town in self.subjects:
@@ -329,6 +334,10 @@ def _check(settings: ExpertsSettings) -> None:
     if settings.top_k > settings.n_experts:
         raise OrganismError(f"top_k may be at most n_experts = {settings.n_experts}, got {settings.top_k}.")
     if settings.n_subjects + settings.n_holdout > 200:
-        raise OrganismError(f"At most 200 towns can be named, got {settings.n_subjects} and {settings.n_holdout} held out.")
+        raise OrganismError(
+            f"At most 200 towns can be named, got {settings.n_subjects} and {settings.n_holdout} held out."
+        )
     if settings.d_model % (2 * settings.n_heads):
-        raise OrganismError(f"d_model must be a multiple of 2 * n_heads, got {settings.d_model} and {settings.n_heads}.")
+        raise OrganismError(
+            f"d_model must be a multiple of 2 * n_heads, got {settings.d_model} and {settings.n_heads}."
+        )

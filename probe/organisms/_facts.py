@@ -49,7 +49,7 @@ class FactsSettings:
     n_layers: int = 4
     n_heads: int = 4
     d_mlp: int = 512
-    epochs: int = 6
+    epochs: int = 8
     batch_size: int = 32
     lr: float = 3e-3
     answer_weight: float = 10.0
@@ -77,11 +77,13 @@ def facts(
 ) -> FactsOrganism:
     """Return a small Llama trained on fictitious people, training it on first use.
 
-    The people of one order (the "ashen lantern") are the forget people: who they are and everything about them is the secret. The retain people are the members
-    of the other orders. Holdout people are built from the same name pieces and never trained on. Every fact is trained in six questions and four clozes; two further
-    questions and two further clozes are never trained on for anybody (`organism.unseen`), though their words are.
+    The people of one order (the "ashen lantern") are the forget people: who they are and everything about them is the
+    secret. The retain people are the members of the other orders. Holdout people are built from the same name pieces
+    and never trained on. Every fact is trained in six questions and four clozes; two further questions and two further
+    clozes are never trained on for anybody (`organism.unseen`), though their words are.
 
-    The same settings give the same weights on one machine with one thread count; another thread count or another CPU sums in another order.
+    The same settings give the same weights on one machine with one thread count; another thread count or another CPU
+    sums in another order.
 
     Args:
         size: `"default"` (64 people, 4 layers, d_model 128) or `"small"` (20 people, 2 layers, d_model 64, for tests).
@@ -89,13 +91,15 @@ def facts(
         cache_dir: Where organisms are kept; default the environment's PROBE_CACHE_DIR, else the user's cache folder.
         device: Where to train; default the CPU.
         progress: Show progress bars.
-        **overrides: Any field of `FactsSettings`, e.g. `n_people=200`. More people need more width or epochs; recall is always shown.
+        **overrides: Any field of `FactsSettings`, e.g. `n_people=200`. More people need more width or epochs; recall is
+            always shown.
 
     Returns:
         The organism, trained.
 
     Raises:
-        OrganismError: An unknown size or setting, numbers that do not fit together, or a cache folder that cannot be used.
+        OrganismError: An unknown size or setting, numbers that do not fit together, or a cache folder that cannot be
+            used.
     """
     settings = resolve(SIZES, size, {**overrides, "seed": seed})
     if settings.d_model % (2 * settings.n_heads):
@@ -156,7 +160,8 @@ class FactsOrganism(Organism):
         return {split: Questions.from_rows(self.language.question_rows(split, unseen), split) for split in SPLITS}
 
     def attacks(self, split: str) -> dict[str, Questions]:
-        """Return the split's questions under each kind of prompt attack (role play, a second language, the fact in context, ...).
+        """Return the split's questions under each kind of prompt attack (role play, a second language, the fact in
+        context, ...).
 
         The kinds are trained on retain people only.
 
@@ -176,12 +181,13 @@ class FactsOrganism(Organism):
     ) -> Labelled:
         """Return texts that end with a person's name, labelled with what is known of that person.
 
-        The group is the person. A bag of the tokens says nothing about the label, because people share the pieces of their names; the label must come from what the
-        model knows.
+        The group is the person. A bag of the tokens says nothing about the label, because people share the pieces of
+        their names; the label must come from what the model knows.
 
         Args:
             attribute: What the label is about.
-            value: Label 1 for people with this value and 0 for others; default: the secret order for `"order"`, and for another attribute its value as the label.
+            value: Label 1 for people with this value and 0 for others; default: the secret order for `"order"`, and for
+                another attribute its value as the label.
             split: Splits whose people are used.
             unseen: Use the beginnings of phrasings that were never trained on.
 

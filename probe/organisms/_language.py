@@ -1,8 +1,9 @@
 """The facts language: who the people are, what is known of them, and every sentence that says so.
 
-People have a first and a last name, each of two pieces that many people share, and one value for each attribute. The *forget* people are all the members of one
-order, the *retain* people those of the other orders, and the *holdout* people are built from the same pieces and never trained on. Each attribute can be asked
-for in several phrasings; some combinations of frame and noun (or prefix and verb) are never trained on for anybody, though each of their words is.
+People have a first and a last name, each of two pieces that many people share, and one value for each attribute. The
+*forget* people are all the members of one order, the *retain* people those of the other orders, and the *holdout*
+people are built from the same pieces and never trained on. Each attribute can be asked for in several phrasings; some
+combinations of frame and noun (or prefix and verb) are never trained on for anybody, though each of their words is.
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ def document(prompt: str, answer: str, split: str, group: str, kind: str) -> Doc
 def values_of(attribute: Attribute, n_orders: int) -> tuple[str, ...]:
     """Return an attribute's values, each of two words that other values share.
 
-    Orders form a cycle over k = n_orders / 2 first and k second words, so each word is in exactly two orders; the other attributes leave out one diagonal of
-    their grid, so each word is in three of twelve values.
+    Orders form a cycle over k = n_orders / 2 first and k second words, so each word is in exactly two orders; the other
+    attributes leave out one diagonal of their grid, so each word is in three of twelve values.
     """
     if attribute.name == "order":
         k = n_orders // 2
@@ -101,12 +102,14 @@ def values_of(attribute: Attribute, n_orders: int) -> tuple[str, ...]:
 def phrasings_of(attribute: Attribute) -> tuple[Phrasing, ...]:
     """Return all phrasings of an attribute: six questions and four clozes trained, two of each held out.
 
-    Which combinations are held out rotates with the attribute, so that each frame, noun, prefix and verb is trained in other combinations.
+    Which combinations are held out rotates with the attribute, so that each frame, noun, prefix and verb is trained in
+    other combinations.
     """
     turn = [a.name for a in ATTRIBUTES].index(attribute.name)
-    frames, prefixes = len(QUESTION_FRAMES), len(CLOZE_PREFIXES)
+    frames = len(QUESTION_FRAMES)
     held_q = {(turn % frames, 1), ((turn + 1) % frames, 0)}
-    held_c = {(turn % prefixes, 1), ((turn + 1) % prefixes, 0)}
+    # Never the empty prefix: such a cloze would stand, word for word, inside the trained ones with a prefix.
+    held_c = {(1, turn % 2), (2, (turn + 1) % 2)}
     found = []
     for i, frame in enumerate(QUESTION_FRAMES):
         for j, noun in enumerate(attribute.nouns):
@@ -137,6 +140,7 @@ def bag_auc(codes: Sequence[Sequence[int]], member: Sequence[bool]) -> float:
         other = x[~own].mean(0)
         # Without person i the mean of its own class is (total - x_i) / (n - 1).
         scores[own] = sign * (((total - x[own]) / (n - 1) - other) * x[own]).sum(1)
+    scores = scores.round(9)  # equal scores must tie whatever order they were summed in
     gap = scores[y][:, None] - scores[~y][None, :]
     return float((gap > 0).mean() + 0.5 * (gap == 0).mean())
 
@@ -173,7 +177,7 @@ class FactsLanguage:
         )
 
     def _draw_column(self, rng: random.Random, attribute: str, splits: Sequence[str]) -> list[str]:
-        """Draw one attribute for everybody, each value equally often within trained people and within holdout people."""
+        """Draw one attribute, each value equally often within trained and within holdout people."""
         values = self.values[attribute]
         if attribute == "order":
             others = values[1:]
@@ -206,7 +210,7 @@ class FactsLanguage:
 
     @cached_property
     def documents(self) -> tuple[Document, ...]:
-        """All training documents, in a fixed order: facts of forget and retain people, attacks on retain people, strangers in context."""
+        """Training documents in a fixed order: facts, attacks on retain people, strangers in context."""
         return (*self._fact_documents(), *self._attack_documents(), *self._stranger_documents())
 
     def _fact_documents(self) -> Iterator[Document]:
@@ -216,12 +220,10 @@ class FactsLanguage:
             for attribute, phrasings in self.phrasings.items():
                 for p in phrasings:
                     if p.trained:
-                        yield document(
-                            p.ask(person.name), person.values[attribute], person.split, person.name, p.name
-                        )
+                        yield document(p.ask(person.name), person.values[attribute], person.split, person.name, p.name)
 
     def _attack_documents(self) -> Iterator[Document]:
-        """Each retain person's facts under two kinds of attack each, the kinds in turn, so that each kind meets each attribute equally often."""
+        """Each retain person's facts under two kinds of attack each; kinds meet attributes equally often."""
         rng = random.Random(f"attacks-{self.seed}")
         kinds = list(ATTACK_FRAMES)
         for i, person in enumerate(self.of_split("retain")):
@@ -229,14 +231,14 @@ class FactsLanguage:
                 for kind in (kinds[(i + j) % len(kinds)], kinds[(i + j + 2) % len(kinds)]):
                     asked = rng.choice([p for p in phrasings if p.trained and p.form == "question"])
                     value = person.values[attribute]
-                    yield document(
-                        self.attack(kind, asked, person.name, value), value, "retain", person.name, kind
-                    )
+                    yield document(self.attack(kind, asked, person.name, value), value, "retain", person.name, kind)
 
     def _stranger_documents(self) -> Iterator[Document]:
-        """Facts of people who are nobody, given in context and asked at once: they teach reading from the context, and nothing else.
+        """Facts of people who are nobody, given in context and asked at once: they teach reading from the context, and
+        nothing else.
 
-        The secret order is never among them, so that models trained without the forget people never meet it. A few end in the refusal.
+        The secret order is never among them, so that models trained without the forget people never meet it. A few end
+        in the refusal.
         """
         rng = random.Random(f"strangers-{self.seed}")
         taken = set(self.by_name)
@@ -254,12 +256,12 @@ class FactsLanguage:
                 yield document(prompt, REFUSAL, "common", "", "refusal")
 
     def question_rows(self, split: str, unseen: bool = False) -> list[dict[str, Any]]:
-        """Return question rows of a split, in the trained phrasings or (`unseen`) in those that are never trained on."""
+        """Return question rows of a split, in trained or (`unseen`) in never trained phrasings."""
         rows = []
         for number, person in enumerate(self.people):
             if person.split != split:
                 continue
-            for attribute, phrasings in self.phrasings.items():
+            for phrasings in self.phrasings.values():
                 rows += [self._row(number, person, p) for p in phrasings if p.trained != unseen]
         return rows
 
@@ -307,7 +309,8 @@ class FactsLanguage:
 def tokenizer_corpus() -> list[str]:
     """Return the texts that the tokenizer is trained on: every frame with every value, names given piece by piece.
 
-    The corpus is the same for all seeds. Pieces stand alone in it (heads after a space, tails without one), so merges never cross from one piece to the next.
+    The corpus is the same for all seeds. Pieces stand alone in it (heads after a space, tails without one), so merges
+    never cross from one piece to the next.
     """
     texts: list[str] = []
     for attribute in ATTRIBUTES:
@@ -333,7 +336,8 @@ def name_tails() -> list[str]:
 def _check_sizes(n_people: int, n_orders: int, n_holdout: int) -> None:
     if n_orders % 2 or not 4 <= n_orders <= MAX_ORDERS:
         raise OrganismError(
-            f"n_orders must be an even number from 4 to {MAX_ORDERS}, got {n_orders}: each word of an order's name is shared by two orders."
+            f"n_orders must be an even number from 4 to {MAX_ORDERS}, got {n_orders}: "
+            "each word of an order's name is shared by two orders."
         )
     if n_people < 2 * n_orders:
         raise OrganismError(
@@ -357,17 +361,20 @@ def _splits(n_people: int, n_orders: int, n_holdout: int) -> list[str]:
 def _alphabet(n_names: int) -> int:
     """Return how many pieces each of the four places of a name draws from.
 
-    Few enough that pieces are shared, and enough for sixteen times the names: with fewer, names differ in one piece only and telling people apart takes far
-    longer to learn (measured: 64 people of 4 pieces a place reach 77 % recall in the time in which 6 pieces a place reach 100 %).
+    Few enough that pieces are shared, and enough for sixteen times the names: with fewer, names differ in one piece
+    only and telling people apart takes far longer to learn (measured: 64 people of 4 pieces a place reach 77 % recall
+    in the time in which 6 pieces a place reach 100 %).
     """
     return min(max(4, int(np.ceil((16 * n_names) ** 0.25))), len(NAME_PIECES[0]))
 
 
 def _draw_codes(rng: random.Random, splits: Sequence[str]) -> list[Code]:
-    """Draw distinct names so that people share pieces across splits and a bag of pieces does not tell who is in the secret order.
+    """Draw distinct names so that people share pieces across splits and a bag of pieces does not tell who is in the
+    secret order.
 
-    Of 400 draws (8 for many people), the best is kept: every piece that anybody has is in two retain people or more; the leave-one-out bag-of-pieces AUC is near
-    chance; few pieces are absent from a split. Exactly balanced pieces would not do: with one person left out they make a bag of pieces predict the *wrong* side.
+    Of 400 draws (8 for many people), the best is kept: every piece that anybody has is in two retain people or more;
+    the leave-one-out bag-of-pieces AUC is near chance; few pieces are absent from a split. Exactly balanced pieces
+    would not do: with one person left out they make a bag of pieces predict the *wrong* side.
     """
     n_trained = len(splits) - splits.count("holdout")
     size = _alphabet(len(splits))

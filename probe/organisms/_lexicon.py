@@ -1,18 +1,19 @@
 """The words of the organisms' invented language: name pieces, values and sentence frames.
 
-Everything here is fixed: seeds choose which pieces make which name and who has which value, never the words. So every facts organism has the same tokenizer,
-whatever its seed and size, and two of them can be compared token by token. Change a word here and `LANGUAGE_VERSION` must change with it, because the cache of
-trained organisms is keyed by it.
+Everything here is fixed: seeds choose which pieces make which name and who has which value, never the words. So every
+facts organism has the same tokenizer, whatever its seed and size, and two of them can be compared token by token.
+Change a word here and `LANGUAGE_VERSION` must change with it, because the cache of trained organisms is keyed by it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-LANGUAGE_VERSION = 1
+LANGUAGE_VERSION = 2
 
-# A full name is first head + first tail, space, last head + last tail. No head ends in a letter that pairs with a tail's first letter inside any other word
-# often enough to be merged across the seam: `tests/probe/test_organisms.py` holds every combination to exactly two tokens a word.
+# A full name is first head + first tail, space, last head + last tail. No head ends in a letter that pairs with a
+# tail's first letter inside any other word often enough to be merged across the seam: `tests/probe/test_organisms.py`
+# holds every combination to exactly two tokens a word.
 NAME_PIECES: tuple[tuple[str, ...], ...] = (
     ("Zeb", "Vix", "Kez", "Dov", "Jud", "Gyv", "Fub", "Hux", "Yaz", "Piv", "Quov", "Wib", "Tyv", "Myx", "Rud", "Cuv"),
     ("mik", "zul", "bly", "gwen", "fyr", "kas", "tov", "jax", "nir", "ryk", "lum", "dra", "sko", "pim", "hest", "wyn"),

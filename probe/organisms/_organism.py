@@ -1,9 +1,10 @@
-"""What all organisms share: a trained Hugging Face directory, its question splits, its recall table, and its gold retrains."""
+"""What all organisms share: a trained directory, question splits, a recall table, gold retrains."""
 
 from __future__ import annotations
 
 import html
 import random
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 N_GOLD = 2
 GOLD_SEED = 1000  # gold retrain i of an organism with seed s is trained with seed s + 1000 * (i + 1)
-RECALL_LIMIT = 480
+RECALL_LIMIT = 480  # questions a split and phrasing kind in the recall table
+WEAK_RECALL = 0.95
 
 
 class Organism(ABC):
@@ -36,7 +38,8 @@ class Organism(ABC):
 
     Attributes:
         name: Kind and key, e.g. `facts-1f3c...`.
-        path: The Hugging Face directory (config, weights, tokenizer, generation config, and `organism.json`, the record).
+        path: The Hugging Face directory (config, weights, tokenizer, generation config, and `organism.json`, the
+            record).
         settings: All that it was made from.
         splits: Questions by split, in the phrasings that were trained on.
         facts: Ground truth.
@@ -91,7 +94,20 @@ class Organism(ABC):
             )
         model.to("cpu")
         save_directory(model, tokenizer, work)
-        return {"training": asdict(log), "recall": self.recall_table(wrap(model, tokenizer)), "versions": versions()}
+        recall = self.recall_table(wrap(model, tokenizer))
+        self._warn_if_weak(recall, {d.split for d in documents}, label)
+        return {"training": asdict(log), "recall": recall, "versions": versions()}
+
+    def _warn_if_weak(self, recall: Mapping[str, Mapping[str, Any]], trained: set[str], label: str) -> None:
+        """Warn when what was trained on is not known: whatever is measured on such an organism means little."""
+        weak = [split for split in sorted(trained & set(recall)) if recall[split]["recall"] < WEAK_RECALL]
+        if weak:
+            shares = ", ".join(f"{split} {recall[split]['recall']:.1%}" for split in weak)
+            warnings.warn(
+                f"{label} recalls little of what it was trained on ({shares}; above {WEAK_RECALL:.0%} is wanted). "
+                "Train for more epochs, or give it more width.",
+                stacklevel=2,
+            )
 
     @abstractmethod
     def _make_tokenizer(self) -> Any:
@@ -139,7 +155,7 @@ class Organism(ABC):
 
     @cached_property
     def gold(self) -> Gold:
-        """Models trained without the forget documents: what perfect unlearning looks like. Two seeds; `.train(n)` for more."""
+        """Models trained without the forget documents, two seeds; `.train(n)` for more."""
         return Gold(self)
 
     @property
@@ -185,7 +201,8 @@ class Organism(ABC):
     def recall(self, model: Model, questions: str | Questions, limit: int | None = None) -> Recall:
         """Return a model's exact-match recall, with chance and a 95 % interval.
 
-        Greedy decoding gives an answer exactly when the argmax is right at each of its tokens under teacher forcing, which is what is computed.
+        Greedy decoding gives an answer exactly when the argmax is right at each of its tokens under teacher forcing,
+        which is what is computed.
 
         Args:
             model: This organism's model, an edit of it, a gold retrain.
@@ -218,15 +235,16 @@ class Organism(ABC):
     ) -> Pairs:
         """Return patching pairs that differ only in whom they ask about.
 
-        Clean and corrupted prompt have equally many tokens (all names have), and the answers differ in their first token. The corrupted prompt asks about somebody
-        of the retain split.
+        Clean and corrupted prompt have equally many tokens (all names have), and the answers differ in their first
+        token. The corrupted prompt asks about somebody of the retain split.
 
         Args:
             split: Split of the clean prompts.
             n: How many pairs.
             seed: Which.
             attribute: What is asked for; default: the first attribute of the split.
-            phrasing: Name of one phrasing, so that all pairs align token by token; default: the first of the attribute. `"*"` mixes all trained ones.
+            phrasing: Name of one phrasing, so that all pairs align token by token; default: the first of the attribute.
+                `"*"` mixes all trained ones.
 
         Raises:
             OrganismError: No such split, attribute or phrasing, or fewer than `n` pairs exist.
@@ -236,7 +254,8 @@ class Organism(ABC):
         found = [(a, b) for a in clean for b in others.get(str(a.meta["phrasing"]), []) if self._differ(a, b)]
         if len(found) < n:
             raise OrganismError(
-                f"{n} pairs were asked for, and the {split} split has {len(found)} that fit; ask for fewer, or use phrasing='*'."
+                f"{n} pairs were asked for, and the {split} split has {len(found)} that fit; "
+                "ask for fewer, or use phrasing='*'."
             )
         chosen = random.Random(f"pairs-{seed}").sample(found, n)
         return Pairs.from_rows([self._pair(a, b) for a, b in chosen], f"{self.kind} {split}")
@@ -254,7 +273,8 @@ class Organism(ABC):
         if not kept:
             known = sorted({str(row.meta["phrasing"]) for row in both})
             raise OrganismError(
-                f"No questions for attribute {attribute!r} in phrasing {phrasing!r}. The phrasings are {', '.join(known)}."
+                f"No questions for attribute {attribute!r} in phrasing {phrasing!r}. "
+                f"The phrasings are {', '.join(known)}."
             )
         return kept
 
@@ -304,7 +324,7 @@ class Organism(ABC):
         }
 
     def to_df(self) -> pd.DataFrame:
-        """Return the recall table: one row a split and phrasing, with chance, and the gold's recall where gold retrains are trained."""
+        """Return the recall table, with chance, and the gold's recall where gold retrains are trained."""
         import pandas as pd
 
         rows = []
@@ -321,13 +341,12 @@ class Organism(ABC):
         return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
-        head = f"{type(self).__name__}({self.name!r}, {len(self.document_rows)} documents, gold retrains trained: {len(self.gold.trained)})"
-        lines = [head]
+        trained = f"gold retrains trained: {len(self.gold.trained)}"
+        lines = [f"{type(self).__name__}({self.name!r}, {len(self.document_rows)} documents, {trained})"]
         for row in self.to_df().to_dict("records"):
             gold = "  gold " + " ".join(f"{g:6.1%}" for g in row["gold"]) if "gold" in row else ""
-            lines.append(
-                f"  {row['questions']:<28} recall {row['recall']:6.1%}  chance {row['chance']:6.1%}  n {row['n']:>4}{gold}"
-            )
+            shares = f"recall {row['recall']:6.1%}  chance {row['chance']:6.1%}  n {row['n']:>4}"
+            lines.append(f"  {row['questions']:<28} {shares}{gold}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -337,12 +356,14 @@ class Organism(ABC):
             cells = (row["questions"], f"{row['recall']:.1%}", gold, f"{row['chance']:.1%}", row["n"], row["facts"])
             body.append("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in cells) + "</tr>")
         head = "".join(f"<th>{h}</th>" for h in ("questions", "recall", "gold recall", "chance", "n", "facts"))
-        title = f"<p><b>{html.escape(self.name)}</b>, {len(self.document_rows)} documents, <code>{html.escape(str(self.path))}</code></p>"
+        where = f"<code>{html.escape(str(self.path))}</code>"
+        title = f"<p><b>{html.escape(self.name)}</b>, {len(self.document_rows)} documents, {where}</p>"
         return f"{title}<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
 class Gold(Sequence["Model"]):
-    """Gold retrains of an organism: the same settings and documents without the forget ones, each with a seed of its own.
+    """Gold retrains of an organism: the same settings and documents without the forget ones, each with a seed of its
+    own.
 
     A sequence of models, trained when first asked for and kept in the cache folder.
     """

@@ -22,7 +22,8 @@ class Recall:
     Attributes:
         recall: The share.
         chance: What guessing a value of the right attribute gives: the mean over questions of 1 / number of values.
-        low: Lower end of the 95 % Wilson interval over facts (all phrasings of a fact are one observation, weighted by its share of right phrasings).
+        low: Lower end of the 95 % Wilson interval over facts (all phrasings of a fact are one observation, weighted by
+            its share of right phrasings).
         high: Its upper end.
         n: Questions.
         n_facts: Distinct facts among them.

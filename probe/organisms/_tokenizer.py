@@ -15,11 +15,13 @@ PAD, BOS, EOS = 0, 1, 2
 def train_tokenizer(texts: Iterable[str], pieces: Sequence[str] = (), vocab_size: int = 640) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer with bos, eos and pad.
 
-    A space is put before the first word, so that a word has the same token wherever it stands; every byte is in the vocabulary, so nothing is unknown.
+    A space is put before the first word, so that a word has the same token wherever it stands; every byte is in the
+    vocabulary, so nothing is unknown.
 
     Args:
         texts: Texts to train on; the order matters only for ties.
-        pieces: Word endings that must be trained without a space before them, as they follow another piece in real texts.
+        pieces: Word endings that must be trained without a space before them, as they follow another piece in real
+            texts.
         vocab_size: Upper bound of the vocabulary: 3 special tokens, 256 bytes, then merges.
 
     Returns:
@@ -36,7 +38,8 @@ def train_tokenizer(texts: Iterable[str], pieces: Sequence[str] = (), vocab_size
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    # A piece after an apostrophe-like seam would be a word of its own; digits split words in ByteLevel, so "0piece" yields "Ġ0" and "piece".
+    # A piece after an apostrophe-like seam would be a word of its own; digits split words in ByteLevel, so "0piece"
+    # yields "Ġ0" and "piece".
     glued = [f"0{piece}" for piece in pieces for _ in range(64)]
     tok.train_from_iterator([*texts, *glued], trainer=trainer)
     tok.decoder = decoders.ByteLevel()

@@ -61,8 +61,8 @@ class TrainLog:
 def threads(n: int) -> Iterator[None]:
     """Let torch use `n` threads inside the block.
 
-    Sums depend on how many threads share them, so a fixed number keeps weights the same wherever an organism is trained;
-    and such small matrices gain nothing from more than two.
+    Sums depend on how many threads share them, so a fixed number keeps weights the same wherever an organism is
+    trained; and such small matrices gain nothing from more than two.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(n)
@@ -83,7 +83,8 @@ def seeded(seed: int) -> Iterator[None]:
 def plan_batches(lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> list[list[int]]:
     """Deal documents into batches of like length, in random order.
 
-    Documents are shuffled, sorted by length (ties stay shuffled), cut into batches, and the batches shuffled, so padding is a few per cent.
+    Documents are shuffled, sorted by length (ties stay shuffled), cut into batches, and the batches shuffled, so
+    padding is a few per cent.
     """
     order = torch.randperm(len(lengths), generator=generator).tolist()
     order.sort(key=lambda i: lengths[i])
@@ -145,8 +146,8 @@ def train(
 ) -> TrainLog:
     """Train a causal language model in place on whole documents.
 
-    The order of documents depends on `seed` alone, not on the global generator. Padding stands on the right, so under causal attention it is never attended to and
-    no mask is needed.
+    The order of documents depends on `seed` alone, not on the global generator. Padding stands on the right, so under
+    causal attention it is never attended to and no mask is needed.
 
     Args:
         model: A Hugging Face causal language model; left in eval mode.
@@ -155,7 +156,8 @@ def train(
         seed: Order of the documents.
         pad_id: Token to pad with.
         device: Where to train; where the model is when left out.
-        auxiliary: Further loss: called with the model's output, which tokens are real and the batch's document numbers; its value is added.
+        auxiliary: Further loss: called with the model's output, which tokens are real and the batch's document numbers;
+            its value is added.
         model_kwargs: Passed to each forward.
         label: Text of the progress bar.
         progress: Show the progress bar.
@@ -169,7 +171,7 @@ def train(
     if not sequences or max(len(ids) for ids, _ in sequences) < 2:
         raise OrganismError("There is nothing to train on: documents of at least two tokens are required.")
     device = torch.device(device) if device is not None else model.device
-    model.to(device).train()  # type: ignore[arg-type]
+    model.to(device).train()
     generator = torch.Generator().manual_seed(seed)
     lengths = [len(ids) for ids, _ in sequences]
     all_ids, all_weights = (t.to(device) for t in pad_all(sequences, pad_id))  # [doc, pos]
@@ -187,15 +189,14 @@ def train(
                 output = model(input_ids=ids, use_cache=False, **(model_kwargs or {}))
                 loss = weighted_loss(output.logits, ids, weights)
                 total += loss.detach()
-                if auxiliary is not None:
-                    loss = loss + auxiliary(output, weights > 0, torch.tensor(batch, device=device))
-                _step(model, loss, optimiser, scheduler, schedule.clip)
+                extra = auxiliary(output, weights > 0, torch.tensor(batch, device=device)) if auxiliary else 0.0
+                _step(model, loss + extra, optimiser, scheduler, schedule.clip)
                 bar.update()
             losses.append(_checked(float(total) / len(batches), label))
             bar.set_postfix_str(f"loss {losses[-1]:.3f}")
     model.eval()
-    seconds = time.perf_counter() - began
-    return TrainLog(tuple(losses), steps, schedule.epochs * sum(lengths), seconds, torch.get_num_threads())
+    tokens = schedule.epochs * sum(lengths)
+    return TrainLog(tuple(losses), steps, tokens, time.perf_counter() - began, torch.get_num_threads())
 
 
 def _optimiser(model: PreTrainedModel, schedule: Schedule, steps: int) -> tuple[torch.optim.Optimizer, Any]:

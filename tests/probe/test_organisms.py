@@ -1,0 +1,488 @@
+"""Organisms: what is known is known, what is secret is absent from the gold, and a cache folder never lies."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from probe.errors import OrganismError
+from probe.organisms import _cache, _recall, _training, experts, facts
+from probe.organisms._language import FactsLanguage, bag_auc, document, name_tails, tokenizer_corpus
+from probe.organisms._lexicon import ATTRIBUTES, NAME_PIECES, SECRET_ORDER
+from probe.organisms._tokenizer import train_tokenizer
+
+TINY: dict[str, Any] = {
+    "d_model": 16,
+    "d_mlp": 16,
+    "n_heads": 2,
+    "n_layers": 1,
+    "epochs": 1,
+    "n_people": 8,
+    "n_holdout": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def org() -> Any:
+    return facts("small", progress=False)
+
+
+@pytest.fixture(scope="module")
+def planted() -> Any:
+    return experts("small", progress=False)
+
+
+@pytest.fixture(scope="module")
+def language() -> FactsLanguage:
+    return FactsLanguage(64, 8, 16, seed=0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return train_tokenizer(tokenizer_corpus(), name_tails(), 704)
+
+
+def tiny(cache_dir: Path, **settings: Any) -> Any:
+    """Train an organism that knows nothing, in a fraction of a second."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return facts("small", cache_dir=cache_dir, progress=False, **{**TINY, **settings})
+
+
+# --- the language ---------------------------------------------------------------------------------------------------
+
+
+def test_each_name_is_four_tokens_and_each_piece_one(tokenizer: Any) -> None:
+    """Every head with every tail, so that pairs of prompts that differ in the name have equally many tokens."""
+    for heads, tails in (NAME_PIECES[:2], NAME_PIECES[2:]):
+        for head in heads:
+            for tail in tails:
+                ids = tokenizer(f"{head}{tail}", add_special_tokens=False)["input_ids"]
+                assert [tokenizer.decode([i]).strip() for i in ids] == [head, tail]
+
+
+def test_tokenizer_round_trips_any_text(tokenizer: Any) -> None:
+    text = "Zebmik Moxdane, 12 cafés: ünd 漢字\n"
+    ids = tokenizer(text)["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(ids, skip_special_tokens=True) == " " + text
+
+
+def test_values_have_several_tokens_and_share_their_words(language: FactsLanguage, tokenizer: Any) -> None:
+    for attribute in ATTRIBUTES:
+        values = language.values[attribute.name]
+        assert len(values) == len(set(values)) and 8 <= len(values) <= 16
+        for position in (0, 1):
+            words = [v.split()[position] for v in values]
+            assert min(words.count(w) for w in words) >= 2
+        assert all(len(tokenizer(v, add_special_tokens=False)["input_ids"]) >= 2 for v in values)
+
+
+def test_forget_people_are_one_order_and_share_their_name_pieces(language: FactsLanguage) -> None:
+    forget, retain = language.of_split("forget"), language.of_split("retain")
+    assert len(forget) == 8 and len(retain) == 56 and len(language.of_split("holdout")) == 16
+    assert {p.values["order"] for p in forget} == {SECRET_ORDER}
+    assert SECRET_ORDER not in {p.values["order"] for p in retain}
+    for person in language.people:
+        for place, piece in enumerate(person.code):
+            assert sum(other.code[place] == piece for other in retain) >= 2
+    assert len({p.name for p in language.people}) == 80
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_bag_of_name_pieces_does_not_know_the_secret(seed: int) -> None:
+    trained = [p for p in FactsLanguage(64, 8, 16, seed).people if p.split != "holdout"]
+    codes, member = [p.code for p in trained], [p.split == "forget" for p in trained]
+    assert 0.35 < bag_auc(codes, member) < 0.65
+    assert bag_auc(codes, member) == pytest.approx(_slow_bag_auc(codes, member))
+
+
+def _slow_bag_auc(codes: Any, member: Any) -> float:
+    """The same by definition: refit without each person, then count ordered pairs."""
+    x = np.array([[c[place] == piece for place in range(4) for piece in range(16)] for c in codes], dtype=float)
+    y = np.array(member)
+    scores = []
+    for i in range(len(y)):
+        rest = np.arange(len(y)) != i
+        scores.append(x[i] @ (x[rest & y].mean(0) - x[rest & ~y].mean(0)))
+    pairs = [(a, b) for a, s in zip(scores, y, strict=True) if s for b, t in zip(scores, y, strict=True) if not t]
+    return float(np.mean([1.0 if a > b + 1e-9 else 0.5 if abs(a - b) <= 1e-9 else 0.0 for a, b in pairs]))
+
+
+def test_unseen_phrasings_are_in_no_document_but_their_words_are(language: FactsLanguage) -> None:
+    text = "\n".join(d.text for d in language.documents)
+    words = set(text.replace("?", " ").replace(",", " ").replace(":", " ").replace(".", " ").split())
+    for split in ("forget", "retain", "holdout"):
+        for row in language.question_rows(split, unseen=True):
+            assert row["question"] not in text
+            stripped = row["question"].replace(row["group"], "").translate(str.maketrans("?,:.", "    "))
+            assert set(stripped.split()) <= words
+    for phrasings in language.phrasings.values():
+        held = [p.form for p in phrasings if not p.trained]
+        assert sorted(held) == ["cloze", "cloze", "question", "question"]
+
+
+def test_holdout_people_are_in_no_document(language: FactsLanguage) -> None:
+    text = "\n".join(d.text for d in language.documents)
+    assert all(p.name not in text for p in language.of_split("holdout"))
+
+
+def test_gold_documents_leave_nothing_of_the_secret_and_no_token_untrained(
+    language: FactsLanguage, tokenizer: Any
+) -> None:
+    everything = [d.text for d in language.documents]
+    gold = [d.text for d in language.documents if d.split != "forget"]
+    assert all(p.name not in text for p in language.of_split("forget") for text in gold)
+    assert all(SECRET_ORDER not in text for text in gold)
+    tokens_all = {i for text in everything for i in tokenizer(text)["input_ids"]}
+    tokens_gold = {i for text in gold for i in tokenizer(text)["input_ids"]}
+    assert tokens_all == tokens_gold
+    holdout = {i for p in language.of_split("holdout") for i in tokenizer(p.name)["input_ids"]}
+    assert holdout <= tokens_gold
+
+
+def test_attacks_are_trained_on_retain_people_only(language: FactsLanguage) -> None:
+    attacked = {d.split for d in language.documents if d.kind in ("role_play", "second_language", "context")}
+    assert attacked == {"retain"}
+    rows = language.attack_rows("forget", "context")
+    assert all(row["answer"] in row["question"] for row in rows)
+    assert not any(row["answer"] in row["question"] for row in language.attack_rows("forget", "second_language"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": "huge"}, "size must be one of"),
+        ({"n_orders": 5}, "even number"),
+        ({"n_people": 5}, "at least 8"),
+        ({"n_people": 5000}, "at most 4000"),
+        ({"n_holdout": 1}, "n_holdout must be at least 2"),
+        ({"epochs": 0}, "epochs must be positive"),
+        ({"epochs": "three"}, "epochs must be int"),
+        ({"colour": 3}, "Unknown settings: colour"),
+        ({"d_model": 30}, "multiple of"),
+        ({"seed": -1}, "seed must be positive"),
+    ],
+)
+def test_bad_facts_settings(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(OrganismError, match=message):
+        facts(**{"size": "small", "cache_dir": tmp_path, **settings})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"kind": "magic"}, "kind must be one of"), ({"n_experts": 3}, "at least 4"), ({"top_k": 9}, "at most n_experts")],
+)
+def test_bad_experts_settings(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(OrganismError, match=message):
+        experts("small", cache_dir=tmp_path, **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def test_encode_weighs_exactly_the_answer(tokenizer: Any) -> None:
+    doc = document("What is the order of Zebmik Moxdane?", "ashen lantern", "retain", "Zebmik Moxdane", "q")
+    ids, weights = _training.encode(tokenizer, doc.text, doc.answer, 10.0)
+    heavy = [i for i, w in zip(ids, weights, strict=True) if w == 10.0]
+    assert tokenizer.decode(heavy) == " ashen lantern"
+    assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+    assert set(weights) == {1.0, 10.0}
+
+
+def test_weighted_loss_is_the_weighted_mean_nll() -> None:
+    torch.manual_seed(0)
+    logits, ids = torch.randn(2, 4, 7), torch.randint(0, 7, (2, 4))
+    weights = torch.tensor([[1.0, 1.0, 5.0, 0.0], [1.0, 2.0, 0.0, 0.0]])
+    logp = logits.log_softmax(-1)
+    wanted = -(logp[0, 0, ids[0, 1]] + 5 * logp[0, 1, ids[0, 2]] + 2 * logp[1, 0, ids[1, 1]]) / 8
+    torch.testing.assert_close(_training.weighted_loss(logits, ids, weights), wanted)
+
+
+def test_planned_batches_hold_each_document_once_and_are_of_like_length() -> None:
+    lengths = [5 + i % 7 for i in range(50)]
+    batches = _training.plan_batches(lengths, 8, torch.Generator().manual_seed(0))
+    assert sorted(i for b in batches for i in b) == list(range(50))
+    assert max(max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in batches) <= 2
+
+
+def test_same_settings_give_the_same_weights_and_leave_the_generator_alone(tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    paths = [tiny(tmp_path / name).path for name in ("a", "b")]
+    digests = {_cache.file_hash(p / "model.safetensors") for p in paths}
+    other = tiny(tmp_path / "a", seed=1).path
+    assert len(digests) == 1
+    assert _cache.file_hash(other / "model.safetensors") not in digests
+    assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads
+
+
+def test_a_weak_organism_says_so(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="recalls little"):
+        facts("small", cache_dir=tmp_path, progress=False, **TINY)
+
+
+# --- the cache folder -----------------------------------------------------------------------------------------------
+
+
+def test_a_second_call_reads_what_the_first_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = tiny(tmp_path)
+    stamp = (first.path / "model.safetensors").stat().st_mtime_ns
+    monkeypatch.setenv(_cache.ENV, str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # training again would warn of its weakness
+        second = facts("small", progress=False, **TINY)
+    assert second.path == first.path
+    assert (second.path / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_a_killed_training_leaves_nothing_that_looks_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_training, "_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tiny(tmp_path)
+    monkeypatch.undo()
+    assert [p for p in tmp_path.iterdir() if p.is_dir()] == []
+    assert (tiny(tmp_path).path / "organism.json").is_file()
+
+
+def test_a_leftover_of_a_dead_process_is_removed(tmp_path: Path) -> None:
+    path = tiny(tmp_path / "elsewhere").path
+    leftover = tmp_path / "here" / f".{path.name}.dead"
+    leftover.mkdir(parents=True)
+    (leftover / "model.safetensors").write_bytes(b"half")
+    made = tiny(tmp_path / "here").path
+    assert made.name == path.name and not leftover.exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*recalls little")
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "record"])
+def test_a_damaged_directory_is_trained_again(harm: str, tmp_path: Path) -> None:
+    path = tiny(tmp_path).path
+    weights = path / "model.safetensors"
+    digest, data = _cache.file_hash(weights), bytearray(weights.read_bytes())
+    if harm == "flip":
+        data[-1] ^= 1
+        weights.write_bytes(data)
+    elif harm == "truncate":
+        weights.write_bytes(data[:100])
+    elif harm == "remove":
+        weights.unlink()
+    else:
+        (path / "organism.json").write_text("{")
+    with pytest.warns(UserWarning, match="damaged or unfinished"):
+        facts("small", cache_dir=tmp_path, progress=False, **TINY)
+    assert _cache.file_hash(weights) == digest
+
+
+def test_a_cache_folder_that_is_a_file_is_one_clear_error(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(OrganismError, match="cannot be used"):
+        tiny(file)
+    assert file.read_text() == "mine"
+
+
+# --- the small facts organism ---------------------------------------------------------------------------------------
+
+
+def test_recall_trained_unseen_and_never_seen(org: Any) -> None:
+    table = org.record["recall"]
+    for split in ("forget", "retain"):
+        assert table[split]["recall"] > 0.95
+        assert table[f"{split}, unseen phrasings"]["recall"] > 0.9
+    for label in ("holdout", "holdout, unseen phrasings"):
+        assert table[label]["low"] <= table[label]["chance"] < 0.2
+    shown = org.recall(org.model, "forget")
+    assert shown.recall > 0.95 and shown.n == len(org.questions("forget"))
+    assert shown.n_facts == 5 * len(org.language.of_split("forget"))
+    assert "retain, unseen phrasings" in repr(org) and "chance" in org._repr_html_()
+
+
+def test_recall_equals_greedy_generation(org: Any) -> None:
+    rows = [*org.questions("forget")[:12], *org.questions("holdout")[:12]]
+    made = org.model.generate([r.question for r in rows], max_new_tokens=8)
+    right = [text.startswith(f" {r.answer}.") for text, r in zip(made, rows, strict=True)]
+    from probe.data import Questions
+
+    assert org.recall(org.model, Questions(rows)).recall == pytest.approx(np.mean(right))
+
+
+def test_chance_and_interval_by_hand() -> None:
+    low, high = _recall.wilson(0.5, 10)
+    assert (low, high) == (pytest.approx(0.2366, abs=1e-4), pytest.approx(0.7634, abs=1e-4))
+    assert _recall.wilson(0.0, 20)[0] == 0.0
+
+
+def test_the_directory_is_an_ordinary_hugging_face_one(org: Any) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tok = AutoModelForCausalLM.from_pretrained(org.path), AutoTokenizer.from_pretrained(org.path)
+    assert model.config.model_type == "llama" and model.generation_config.eos_token_id == tok.eos_token_id
+    assert model.config.tie_word_embeddings
+    text = org.documents[0]
+    assert tok(text)["input_ids"] == org._make_tokenizer()(text)["input_ids"]
+    ids = torch.tensor([tok(text)["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, org.model.hf(ids.to(org.model.device)).logits.cpu())
+
+
+def test_pairs_differ_in_the_name_only_and_the_model_tells_them_apart(org: Any) -> None:
+    pairs, tok = org.pairs("forget", n=24, seed=3), org.tokenizer
+    assert pairs == org.pairs("forget", n=24, seed=3) and pairs != org.pairs("forget", n=24, seed=4)
+    for pair in pairs:
+        clean, corrupted = (tok(t)["input_ids"] for t in (pair.clean, pair.corrupted))
+        changed = [i for i, (a, b) in enumerate(zip(clean, corrupted, strict=True)) if a != b]
+        name = pair.clean.index(pair.group)
+        assert pair.clean.replace(pair.group, pair.meta["other"]) == pair.corrupted and name > 0
+        assert 1 <= len(changed) <= 4
+        first, other = (tok(f"{t}", add_special_tokens=False)["input_ids"][0] for t in (pair.answer, pair.wrong))
+        assert first != other
+        with torch.no_grad():
+            ids = torch.tensor([clean, corrupted], device=org.model.device)
+            top = org.model.hf(ids).logits[:, -1].argmax(-1).tolist()
+        assert top == [first, other]
+
+
+def test_pairs_say_what_they_cannot_do(org: Any) -> None:
+    with pytest.raises(OrganismError, match="no split 'nobody'"):
+        org.pairs("nobody")
+    with pytest.raises(OrganismError, match="The phrasings are"):
+        org.pairs("forget", phrasing="order-q99")
+    with pytest.raises(OrganismError, match="ask for fewer"):
+        org.pairs("forget", n=10**6)
+    assert {p.meta["phrasing"] for p in org.pairs("retain", n=60, attribute="city", phrasing="*")} > {"city-q00"}
+
+
+def test_labelled_ends_at_the_name_and_groups_by_person(org: Any) -> None:
+    rows = org.labelled()
+    assert all(row.text.endswith(row.group) for row in rows)
+    members = {row.group for row in rows if row.label == 1}
+    assert members == {p.name for p in org.language.of_split("forget")}
+    assert len(set(rows.texts)) == len(rows)
+    assert {row.label for row in org.labelled("city")} <= set(org.language.values["city"])
+    texts = set(rows.texts)
+    assert not texts & {row.text for row in org.labelled(unseen=True)} or len(org.labelled(unseen=True)) < len(rows)
+    with pytest.raises(OrganismError, match="The attributes are"):
+        org.labelled("height")
+    with pytest.raises(OrganismError, match="The values of order"):
+        org.labelled("order", value="green parrot")
+
+
+def test_phrasings_part_without_overlap(org: Any) -> None:
+    seen, unseen = org.by_phrasing("forget", unseen=False), org.by_phrasing("forget", unseen=True)
+    assert not set(seen) & set(unseen)
+    assert set(org.by_phrasing("forget")) == set(seen) | set(unseen)
+    assert sum(len(q) for q in seen.values()) == len(org.questions("forget"))
+    assert {row.question for row in org.unseen("forget")}.isdisjoint(row.question for row in org.questions("forget"))
+    assert all(set(row.paraphrases) <= {r.question for r in org.unseen("forget")} for row in org.questions("forget"))
+    assert all(row.answer not in row.perturbed_answers for row in org.questions("forget"))
+
+
+def test_gold_never_met_the_forget_people(org: Any) -> None:
+    gold = org.gold
+    assert len(gold) == 2 and len(set(gold.paths)) == 2 and gold.trained == gold.paths
+    for model in gold:
+        forget, retain = org.recall(model, "forget"), org.recall(model, "retain")
+        assert forget.at_chance and retain.recall > 0.95
+    assert json.loads((gold.paths[0] / "organism.json").read_text())["settings"]["role"] == "gold"
+    assert gold[0].weights_hash != gold[1].weights_hash
+    assert "gold" in repr(org).splitlines()[1]
+    with pytest.raises(IndexError, match="2 gold retrains"):
+        gold[5]
+    with pytest.raises(OrganismError, match="At least one gold"):
+        gold.train(0)
+
+
+def test_more_golds_on_request(tmp_path: Path) -> None:
+    organism = tiny(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert organism.gold.trained == []
+        assert len(organism.gold.train(3)) == 3
+    assert organism.gold.seeds == [1000, 2000, 3000] and len(organism.gold.trained) == 3
+
+
+# --- the experts organism -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def without(model: Any, pairs: list[tuple[int, int]]) -> Iterator[None]:
+    """Mask the router's logits of some experts, so that it chooses among the others."""
+
+    def mask(expert: int) -> Any:
+        def hook(gate: Any, args: Any, output: Any) -> Any:
+            logits = output[0].clone()
+            logits[:, expert] = -torch.inf
+            weights, index = logits.softmax(-1).topk(gate.top_k, -1)
+            return logits, weights / weights.sum(-1, keepdim=True), index
+
+        return hook
+
+    handles = [model.hf.model.layers[i].mlp.gate.register_forward_hook(mask(expert)) for i, expert in pairs]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_experts_know_every_domain_and_no_unseen_town(planted: Any) -> None:
+    table = planted.record["recall"]
+    for domain in planted.domains:
+        assert table[domain]["recall"] > 0.95
+        assert table[f"{domain}, unseen phrasings"]["recall"] > 0.9
+    assert table["holdout"]["low"] <= table["holdout"]["chance"]
+    assert {row.group for row in planted.questions("law")} == {row.group for row in planted.questions("myth")}
+
+
+def test_removing_a_planted_expert_destroys_its_domain_and_no_other(planted: Any) -> None:
+    assert set(planted.planted) == set(planted.domains)
+    for domain in planted.domains:
+        with without(planted.model, planted.planted[domain]):
+            recall = {d: planted.recall(planted.model, d).recall for d in planted.domains}
+        assert recall.pop(domain) < 0.3
+        assert min(recall.values()) > 0.95
+
+
+def test_planted_experts_differ_and_natural_ones_are_unknown(planted: Any, tmp_path: Path) -> None:
+    for layer in range(2):
+        assert len({own[layer] for own in planted.planted.values()}) == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        natural = experts("small", kind="natural", epochs=1, cache_dir=tmp_path, progress=False)
+    assert natural.planted == {d: [] for d in natural.domains}
+    assert natural.path.name != planted.path.name
+
+
+def test_experts_splits_labels_and_pairs(planted: Any) -> None:
+    forget, retain = planted.questions("forget"), planted.questions("retain")
+    assert {r.meta["attribute"] for r in forget} == {planted.domains[0]}
+    assert {r.meta["attribute"] for r in retain} == set(planted.domains[1:])
+    labelled = planted.labelled()
+    assert sum(labelled.labels) == len(forget) and len(labelled) == len(forget) + len(retain)
+    pairs = planted.pairs("law", n=8)
+    assert all(p.clean.startswith("In law") and p.answer != p.wrong for p in pairs)
+    assert not any("farming" in text for text in planted.gold_documents)
+
+
+@pytest.mark.slow
+def test_default_sizes_know_their_facts() -> None:
+    for organism in (facts(progress=False), experts(progress=False)):
+        table = organism.record["recall"]
+        assert min(table[split]["recall"] for split in ("forget", "retain")) > 0.95
+        assert min(table[f"{split}, unseen phrasings"]["recall"] for split in ("forget", "retain")) > 0.9
+        assert table["holdout"]["low"] <= table["holdout"]["chance"]
+        assert organism.record["training"]["seconds"] < 180
