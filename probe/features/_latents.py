@@ -36,7 +36,7 @@ def latents(
     sequences: Any = None,
     n_controls: int = 100,
     n_boot: int = 1000,
-    n_intervals: int = 256,
+    n_intervals: int = 100,
     n_twins: int = 20,
     seed: int = 0,
     batch_size: int = 4096,

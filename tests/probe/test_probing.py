@@ -519,3 +519,25 @@ def test_subspace_refuses_what_cannot_be() -> None:
     flat = MemoryCache({site: np.ones((300, 16), "f4")}, cache.columns)
     with pytest.raises(DataError, match="do not vary"):
         subspace(flat, site, "split", "forget", "person", k=2)
+
+
+def test_a_model_that_knows_little_does_not_look_as_if_it_knew(shared_data: Path, tmp_path: Path) -> None:
+    """Toxicity in the states of a TinyStories model of 656k parameters: read off the words, and the result says so."""
+    import csv
+
+    import activations_cache as ac
+    import probe
+
+    with (shared_data / "paradetox" / "paradetox.tsv").open(encoding="utf-8") as file:
+        pairs = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[:250]
+    sides = {"toxic": "toxic", "neutral1": "neutral"}
+    texts = [(pair[key].lower(), label, i) for i, pair in enumerate(pairs) for key, label in sides.items()]
+    rows = [{"text": text, "label": label, "pair": f"pair {i}"} for text, label, i in texts]
+    model = probe.load(shared_data / "tinystories-656k")
+    cache = ac.capture(model, rows, "blocks.*.hook_resid_post", tmp_path / "cache", max_length=64, progress=False)
+    found = sweep(cache, "label", "pair", positive="toxic", model=model, progress=False)
+    assert found.best.low > 0.5  # something is there to be read
+    assert found.best.p <= 0.05
+    assert found.table.control.between(0.42, 0.58).all()
+    assert found.best.bag_of_tokens > found.best.low  # but not more than in the words
+    assert any("bag of tokens" in warning for warning in found.warnings)
