@@ -258,8 +258,8 @@ def wrap(hf: nn.Module, tokenizer: Any = None, name: str = "") -> Model:
 def token_strings(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Each token as the text that it adds, its leading space included.
 
-    Decoding a token alone loses the space of SentencePiece tokens, so each is decoded behind another one. Special tokens,
-    and tokens that are only part of a character, are shown by their names.
+    Decoding a token alone loses the space of SentencePiece tokens, so each is decoded behind another one. Special
+    tokens, and tokens that are only part of a character, are shown by their names.
     """
     ids = [int(i) for i in ids]
     anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
@@ -374,20 +374,29 @@ def _boot(twin: Any, tokenizer: Any, name: str) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     device = next(twin.parameters()).device
-    if tokenizer is None:  # booting would look for one on the hub
-        from activations_cache.sites.adapter import build_adapter
+    if getattr(tokenizer, "name_or_path", ""):
+        return TransformerBridge.boot_transformers(
+            name or type(twin).__name__,
+            hf_model=twin,
+            tokenizer=copy.deepcopy(tokenizer),  # booting gives it a pad token
+            dtype=twin.dtype,
+            device=device,
+        )
+    return _assemble(twin, copy.deepcopy(tokenizer), str(device))
 
-        adapter = build_adapter(twin)
-        adapter.cfg.device = str(device)
-        adapter.prepare_model(twin)
-        return TransformerBridge(twin, adapter, None)
-    return TransformerBridge.boot_transformers(
-        name or type(twin).__name__,
-        hf_model=twin,
-        tokenizer=copy.deepcopy(tokenizer),  # booting gives it a pad token
-        dtype=twin.dtype,
-        device=device,
-    )
+
+def _assemble(twin: Any, tokenizer: Any, device: str) -> Any:
+    """A bridge with a tokenizer made in memory, or none: booting would look for it on the hub."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from activations_cache.sites.adapter import build_adapter
+
+    adapter = build_adapter(twin)
+    adapter.cfg.device = device
+    adapter.prepare_model(twin)
+    if tokenizer is not None and tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return TransformerBridge(twin, adapter, tokenizer)
 
 
 def _storage(module: nn.Module) -> dict[str, int]:

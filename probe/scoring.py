@@ -192,11 +192,30 @@ def _boundary(tokenizer: Any, prefix: str, full: str, special: bool) -> tuple[li
         head = tokenizer(prefix, add_special_tokens=special)["input_ids"]
         return ids, len(list(takewhile(lambda pair: pair[0] == pair[1], zip(head, ids, strict=False))))
     encoded = tokenizer(full, add_special_tokens=special, return_offsets_mapping=True)
-    ids, ends = list(encoded["input_ids"]), [end for _, end in encoded["offset_mapping"]]
-    inside = [i for i, end in enumerate(ends) if end > len(prefix)]
+    ids, spans, edge = list(encoded["input_ids"]), encoded["offset_mapping"], len(prefix)
+    if max((end for _, end in spans), default=0) < len(full.rstrip()):
+        return _boundary_from_end(tokenizer, ids, full[edge:])
+    # A token that begins in the question and reaches past it by a space alone is the question's last word.
+    inside = [
+        i for i, (start, end) in enumerate(spans) if end > edge and not (start < edge and full[edge:end].isspace())
+    ]
     if not inside:
         return ids, len(ids)
     return ids[: inside[-1] + 1], inside[0]  # special tokens have the offsets (0, 0): one at the end is cut here
+
+
+def _boundary_from_end(tokenizer: Any, ids: list[int], answer: str) -> tuple[list[int], int]:
+    """The boundary where offsets cannot be trusted: a tokenizer that drops unknown characters counts without them.
+
+    It is the last token from which on the decoded text holds the whole answer.
+    """
+    special, wanted = set(getattr(tokenizer, "all_special_ids", ())), "".join(answer.split())
+    while ids and ids[-1] in special:
+        ids = ids[:-1]
+    for start in range(len(ids) - 1, -1, -1):
+        if wanted and wanted in "".join(tokenizer.decode(ids[start:]).split()):
+            return ids, start
+    return ids, len(ids)
 
 
 def _with_bos(tokenizer: Any, ids: list[int], start: int, bos: bool) -> tuple[list[int], int]:

@@ -15,6 +15,9 @@ from probe.data import Questions, split_groups
 from probe.targets import Experts, Scores, Target
 
 
+POSITIVE = "to forget"  # the label of what is looked for, in the cache of labelled texts
+
+
 @dataclass(frozen=True)
 class Found:
     """What the locating steps of a walk found; None where the recipe left a step out."""
@@ -43,10 +46,9 @@ class ExpertsFound:
 
 def capture(recipe: Mapping[str, Any], materials: Materials, out: Path, progress: bool) -> Any:
     """Activations of the labelled texts, at their last token."""
-    frame = pd.DataFrame(
-        {"text": materials.labelled.texts, "label": [str(x) for x in materials.labelled.labels]}
-        | {"group": materials.labelled.groups}
-    )
+    rows = materials.labelled
+    labels = [POSITIVE if label == materials.positive else "other" for label in rows.labels]
+    frame = pd.DataFrame({"text": rows.texts, "label": labels, "group": rows.groups})
     settings = recipe["capture"]
     return _captured(
         out / "cache" / "labelled",
@@ -82,7 +84,7 @@ def sweep(recipe: Mapping[str, Any], materials: Materials, cache: Any, progress:
         "label",
         "group",
         methods=settings["methods"],
-        positive=str(materials.positive),
+        positive=POSITIVE,
         folds=settings["folds"],
         seed=recipe["seed"],
         n_boot=settings["n_boot"],
@@ -96,8 +98,7 @@ def subspaces(recipe: Mapping[str, Any], materials: Materials, cache: Any, site:
 
     ranks = {k for c in recipe["edit"]["candidates"] if c.get("target") == "subspace" for k in c["k"]}
     return {
-        k: probing.subspace(cache, site, "label", str(materials.positive), "group", k=k, seed=recipe["seed"])
-        for k in sorted(ranks)
+        k: probing.subspace(cache, site, "label", POSITIVE, "group", k=k, seed=recipe["seed"]) for k in sorted(ranks)
     }
 
 
@@ -130,8 +131,7 @@ def latents(
         out=out / "sae",
         progress=progress,
     )
-    positive = str(materials.positive)
-    scores = features.latents(cache, site, sae, "label", positive, "group", seed=recipe["seed"], progress=progress)
+    scores = features.latents(cache, site, sae, "label", POSITIVE, "group", seed=recipe["seed"], progress=progress)
     top = [int(scores.table.at[row, "latent"]) for row in scores.ranking()[:5]]
     shown = features.contexts(texts, site, sae, top, n=3, tokenizer=materials.model.tokenizer)
     return sae, saes.evaluate(sae, texts, site), scores, shown.to_df()

@@ -211,3 +211,19 @@ def test_str_tokens_keep_spaces_and_join_to_the_text(name, shared_data):
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert "".join(token_strings(tokenizer, ids)).strip() == text
     assert len(token_strings(tokenizer, ids)) == len(ids)
+
+
+def test_the_bridge_takes_a_tokenizer_made_in_memory():
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    raw.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", eos_token="<unk>", bos_token="<unk>")
+    model = wrap(llama(), tokenizer)
+    ids = model.tokens("a b a")["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(model.bridge(ids), model.hf(ids).logits, atol=1e-5, rtol=0)
+    assert tokenizer.pad_token is None

@@ -225,3 +225,16 @@ def test_logits_that_are_not_finite_are_an_error():
         model.hf.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(ProbeError, match="not finite"):
         score_answers(model, Questions.from_rows(ROWS))
+
+
+def test_unknown_characters_that_the_tokenizer_drops_do_not_move_the_answer(shared_data):
+    """This tokenizer drops what it does not know, and its offsets then count too few characters."""
+    import probe
+
+    model = probe.load(shared_data / "tinystories-656k", device="cpu")
+    question = 'She said, "Don\u00e2\u20ac\u2122t worry". Why does'
+    (made,) = answer_tokens(model, [(question, "Lily")])
+    assert model.tokenizer.decode(made.input_ids[made.start :]).split()[-1] == "Lily"
+    assert "worry" not in model.tokenizer.decode(made.input_ids[made.start :])
+    (plain,) = answer_tokens(model, [("She said. Why does", "Lily")])
+    assert made.input_ids[made.start :] == plain.input_ids[plain.start :]
