@@ -372,7 +372,7 @@ def _draw_codes(rng: random.Random, splits: Sequence[str]) -> list[Code]:
     """Draw distinct names so that people share pieces across splits and a bag of pieces does not tell who is in the
     secret order.
 
-    Of 400 draws (8 for many people), the best is kept: every piece that anybody has is in two retain people or more;
+    Of 1000 draws (8 for many people), the best is kept: every piece that anybody has is in two retain people or more;
     the leave-one-out bag-of-pieces AUC is near chance; few pieces are absent from a split. Exactly balanced pieces
     would not do: with one person left out they make a bag of pieces predict the *wrong* side.
     """
@@ -380,13 +380,10 @@ def _draw_codes(rng: random.Random, splits: Sequence[str]) -> list[Code]:
     size = _alphabet(len(splits))
     member = [s == "forget" for s in splits[:n_trained]]
     best: tuple[float, list[Code]] | None = None
-    for _ in range(400 if n_trained <= 256 else 8):
+    for _ in range(1000 if n_trained <= 256 else 8):
         codes = _one_draw(rng, len(splits), size)
-        badness = (
-            10 * _rare(codes, splits, size)
-            + abs(bag_auc(codes[:n_trained], member) - 0.5)
-            + 0.01 * _absent(codes, splits, size)
-        )
+        badness = 0.1 * _rare(codes, splits, size) + 0.01 * _absent(codes, splits, size)
+        badness += _telling(codes[:n_trained], member)
         if best is None or badness < best[0]:
             best = (badness, codes)
     assert best is not None
@@ -406,6 +403,12 @@ def _counts(codes: Sequence[Code], splits: Sequence[str], split: str, size: int)
     """Count in how many people of a split each piece occurs, [place, piece]."""
     rows = np.array([c for c, s in zip(codes, splits, strict=True) if s == split])
     return np.stack([np.bincount(rows[:, place], minlength=size) for place in range(4)])
+
+
+def _telling(codes: Sequence[Code], member: Sequence[bool]) -> float:
+    """Return how far from chance the pieces' AUC for membership is, together and (at half weight) place by place."""
+    alone = [abs(bag_auc([(c[place],) for c in codes], member) - 0.5) for place in range(4)]
+    return abs(bag_auc(codes, member) - 0.5) + 0.5 * sum(alone)
 
 
 def _rare(codes: Sequence[Code], splits: Sequence[str], size: int) -> int:

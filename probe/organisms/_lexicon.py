@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-LANGUAGE_VERSION = 2
+LANGUAGE_VERSION = 3
 
 # A full name is first head + first tail, space, last head + last tail. No head ends in a letter that pairs with a
 # tail's first letter inside any other word often enough to be merged across the seam: `tests/probe/test_organisms.py`

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,7 +103,8 @@ def test_forget_people_are_one_order_and_share_their_name_pieces(language: Facts
 def test_a_bag_of_name_pieces_does_not_know_the_secret(seed: int) -> None:
     trained = [p for p in FactsLanguage(64, 8, 16, seed).people if p.split != "holdout"]
     codes, member = [p.code for p in trained], [p.split == "forget" for p in trained]
-    assert 0.35 < bag_auc(codes, member) < 0.65
+    assert 0.45 < bag_auc(codes, member) < 0.55
+    assert all(0.4 < bag_auc([(c[place],) for c in codes], member) < 0.6 for place in range(4))
     assert bag_auc(codes, member) == pytest.approx(_slow_bag_auc(codes, member))
 
 
@@ -285,6 +288,22 @@ def test_a_damaged_directory_is_trained_again(harm: str, tmp_path: Path) -> None
     with pytest.warns(UserWarning, match="damaged or unfinished"):
         facts("small", cache_dir=tmp_path, progress=False, **TINY)
     assert _cache.file_hash(weights) == digest
+
+
+def test_two_at_once_build_once(tmp_path: Path) -> None:
+    built: list[int] = []
+
+    def build(work: Path) -> dict[str, Any]:
+        built.append(1)
+        time.sleep(0.2)
+        (work / "weights").write_bytes(b"whole")
+        return {"recall": {}}
+
+    with ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(_cache.fetch, tmp_path, "thing", {"seed": 0}, build) for _ in range(3)]
+        paths = {call.result() for call in calls}
+    assert len(paths) == 1 and built == [1]
+    assert (paths.pop() / "weights").read_bytes() == b"whole"
 
 
 def test_a_cache_folder_that_is_a_file_is_one_clear_error(tmp_path: Path) -> None:
