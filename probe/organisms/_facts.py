@@ -61,7 +61,7 @@ class FactsSettings:
 SIZES: dict[str, FactsSettings] = {
     "default": FactsSettings(),
     "small": FactsSettings(
-        n_people=20, n_orders=4, n_holdout=8, d_model=64, n_layers=2, d_mlp=256, epochs=7, batch_size=16, threads=1
+        n_people=20, n_orders=4, n_holdout=8, d_model=64, n_layers=2, d_mlp=256, epochs=8, batch_size=16, threads=1
     ),
 }
 
@@ -178,8 +178,9 @@ class FactsOrganism(Organism):
         value: str | None = None,
         split: str | Sequence[str] = ("forget", "retain"),
         unseen: bool = False,
+        at: str = "question",
     ) -> Labelled:
-        """Return texts that end with a person's name, labelled with what is known of that person.
+        """Return texts about a person, labelled with what is known of that person.
 
         The group is the person. A bag of the tokens says nothing about the label, because people share the pieces of
         their names; the label must come from what the model knows.
@@ -189,14 +190,19 @@ class FactsOrganism(Organism):
             value: Label 1 for people with this value and 0 for others; default: the secret order for `"order"`, and for
                 another attribute its value as the label.
             split: Splits whose people are used.
-            unseen: Use the beginnings of phrasings that were never trained on.
+            unseen: Use the phrasings that were never trained on.
+            at: Where a text ends: `"question"`, at the end of a question or cloze that asks for the attribute, where
+                the answer is about to be said; or `"name"`, at the end of the name, before which the attribute may not
+                have been asked for.
 
         Returns:
-            One row a person and distinct beginning, `meta` with person, phrasing, value and split.
+            One row a person and distinct text, `meta` with person, phrasing, value and split.
 
         Raises:
-            OrganismError: No such attribute, value or split.
+            OrganismError: No such attribute, value, split or place to end.
         """
+        if at not in ("question", "name"):
+            raise OrganismError(f"A labelled text ends at the 'question' or at the 'name', got at={at!r}.")
         if attribute not in self.language.values:
             raise OrganismError(f"The attributes are {', '.join(self.language.values)}; there is no {attribute!r}.")
         value = value or (self.secret if attribute == "order" else None)
@@ -206,8 +212,10 @@ class FactsOrganism(Organism):
             )
         wanted = (split,) if isinstance(split, str) else tuple(split)
         people = [p for name in wanted for p in self._people(name)]
-        phrasings = _beginnings(self.language.phrasings[attribute], unseen)
-        rows = [_labelled_row(person, p, attribute, value) for person in people for p in phrasings]
+        phrasings = [p for p in self.language.phrasings[attribute] if p.trained != unseen]
+        if at == "name":
+            phrasings = list({p.upto_name(""): p for p in reversed(phrasings)}.values())[::-1]
+        rows = [_labelled_row(person, p, attribute, value, at) for person in people for p in phrasings]
         return Labelled.from_rows(rows, f"facts {attribute} {value or ''}".strip())
 
     def _people(self, split: str) -> list[Person]:
@@ -237,16 +245,10 @@ class FactsOrganism(Organism):
         return LlamaForCausalLM(config)
 
 
-def _beginnings(phrasings: Sequence[Phrasing], unseen: bool) -> list[Phrasing]:
-    """Return phrasings whose text as far as the name is distinct."""
-    found = {p.upto_name(""): p for p in reversed(phrasings) if p.trained != unseen}
-    return list(reversed(found.values()))
-
-
-def _labelled_row(person: Person, phrasing: Phrasing, attribute: str, value: str | None) -> dict[str, Any]:
+def _labelled_row(person: Person, phrasing: Phrasing, attribute: str, value: str | None, at: str) -> dict[str, Any]:
     own = person.values[attribute]
     return {
-        "text": phrasing.upto_name(person.name),
+        "text": phrasing.ask(person.name) if at == "question" else phrasing.upto_name(person.name),
         "label": own if value is None else int(own == value),
         "group": person.name,
         "meta": {"person": person.name, "phrasing": phrasing.name, attribute: own, "split": person.split},
