@@ -74,6 +74,8 @@ def resolve(recipe: Mapping[str, Any], source: str = "recipe", node: Any = None)
         shown = "; ".join(_say(error, source, node) for error in found[:3])
         raise RecipeError(shown + (f"; and {len(found) - 3} more" if len(found) > 3 else ""))
     made = _fill(plain, schema())
+    if "organism" in made["model"]:
+        made["model"].setdefault("attribute", "order")
     if "path" in made["model"] and "data" not in made:
         raise RecipeError(f"{source}: a model given by path needs 'data' (a word in a corpus, or files of questions).")
     if made["probe"] is False and any(c.get("target") in ("direction", "subspace") for c in made["edit"]["candidates"]):

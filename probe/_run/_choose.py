@@ -108,7 +108,9 @@ def _measure(materials: Materials, edit: Any, part: str) -> dict[str, float]:
 
     made: dict[str, float] = {}
     with nullcontext() if edit is None else edit.applied(materials.model):
-        for name, sets in (("forget", materials.forget), ("retain", materials.retain)):
+        for name, sets in (("forget", materials.forget), ("retain", materials.retain), ("spared", materials.spared)):
+            if not sets:
+                continue
             scores = score_answers(materials.model, sets[part])
             made |= {f"{name}_prob": float(np.mean(scores.prob)), f"{name}_recall": float(np.mean(scores.exact))}
     return made

@@ -25,6 +25,7 @@ class Materials:
         model: The model to edit.
         forget: Part (`locate`, `select`, `evaluate`) to the questions to forget.
         retain: The same for what must stay.
+        spared: Part to what else is known of the same people, and is not to be forgotten; empty where there is nothing.
         labelled: Texts for the probe and the SAE's latents; `positive` is the label to be found.
         positive: Label of what is to be forgotten.
         pairs: Patching pairs.
@@ -54,6 +55,7 @@ class Materials:
     unseen: Questions | None = None
     unseen_retain: Questions | None = None
     gold: Sequence[Model] = ()
+    spared: Mapping[str, Questions] = field(default_factory=dict)
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
@@ -81,28 +83,53 @@ def _from_organism(recipe: Mapping[str, Any], progress: bool) -> Materials:
     settings = recipe["model"]
     organism = organisms.facts(size=settings["size"], seed=recipe["seed"], progress=progress)
     gold = organism.gold.train(recipe["audit"]["gold"]) if recipe["audit"]["gold"] else ()
-    forget, retain = organism.splits["forget"], organism.splits["retain"]
     model = load(organism.path, dtype=settings["dtype"], device=settings["device"])
-    phrasings = sorted({row.meta["phrasing"] for row in forget})
-    parts = _parts_of(phrasings, recipe)
+    secret = settings["attribute"]
+
+    def asked(questions: Questions) -> Questions:
+        return questions.select(lambda row: secret in (None, row.meta["attribute"]))
+
+    known = organism.splits["forget"]
+    forget, retain = asked(known), organism.splits["retain"]
+    parts = _phrasing_parts(known, recipe)
     retained = _by(retain, parts, "phrasing")
+    spared = known.select(lambda row: secret not in (None, row.meta["attribute"]))
+    located = {name: _by(asked(rows), parts, "phrasing")["locate"] for name, rows in organism.splits.items()}
     return Materials(
         model=model,
         forget=_by(forget, parts, "phrasing"),
         retain=retained,
-        labelled=organism.labelled(),
+        spared=_by(spared, parts, "phrasing") if len(spared) else {},
+        labelled=_labelled(located["forget"], located["retain"]),
         positive=True,
-        pairs=organism.pairs("forget", n=_pairs_wanted(recipe), seed=recipe["seed"]),
+        pairs=organism.pairs("forget", n=_pairs_wanted(recipe), seed=recipe["seed"], attribute=secret),
         texts=list(organism.documents),
         fluency=_joined(retained["evaluate"]),
         split_by="phrasing",
         noun="people",
-        holdout=organism.splits["holdout"],
-        unseen=organism.unseen("forget"),
+        holdout=asked(organism.splits["holdout"]),
+        unseen=asked(organism.unseen("forget")),
         unseen_retain=organism.unseen("retain"),
         gold=list(gold),
         tables={"what the organism knows": organism.to_df()},
+        notes=[f"to forget: {secret or 'everything'} of the {len(set(forget.groups))} people of the {organism.secret}"],
     )
+
+
+def _phrasing_parts(questions: Questions, recipe: Mapping[str, Any]) -> dict[str, set[str]]:
+    """The phrasings of each part; every attribute has some in each."""
+    made: dict[str, set[str]] = {name: set() for name in PARTS}
+    for attribute in sorted({row.meta["attribute"] for row in questions}):
+        own = sorted({row.meta["phrasing"] for row in questions if row.meta["attribute"] == attribute})
+        for name, phrasings in _parts_of(own, recipe).items():
+            made[name] |= phrasings
+    return made
+
+
+def _labelled(forget: Questions, retain: Questions) -> Labelled:
+    """Each question up to its answer, labelled with whether it asks for what is to be forgotten."""
+    rows = [(row, label) for rows, label in ((forget, True), (retain, False)) for row in rows]
+    return Labelled.from_rows({"text": row.question, "label": label, "group": row.group} for row, label in rows)
 
 
 def _from_word(recipe: Mapping[str, Any], model: Model) -> Materials:

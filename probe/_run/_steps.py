@@ -14,7 +14,6 @@ from probe._run._materials import Materials
 from probe.data import Questions, split_groups
 from probe.targets import Experts, Scores, Target
 
-
 POSITIVE = "to forget"  # the label of what is looked for, in the cache of labelled texts
 
 
