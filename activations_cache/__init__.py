@@ -18,7 +18,7 @@ from activations_cache._lazy import lazy
 if TYPE_CHECKING:
     from activations_cache import conformance, errors, hashing, sites
     from activations_cache._capture import capture
-    from activations_cache.cache import Cache, open  # noqa: A004
+    from activations_cache.cache import Cache, open
     from activations_cache.documents import Documents, Tokens, read_documents, tokenize
 
 __all__ = [

@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="probe",
-        description="Find where a language model holds something, cut it out of the weights, prove it, export the model.",
+        description="Find where a language model holds something, cut it out of the weights, prove it, export it.",
         epilog="Start with `probe demo`. Every command has --help.",
     )
     parser.add_argument("--version", action="version", version=f"probe {__version__}")
@@ -309,7 +309,7 @@ def _cache_info(a: argparse.Namespace) -> int:
 def _cache_verify(a: argparse.Namespace) -> int:
     import activations_cache as ac
 
-    problems = ac.open(a.directory).verify()
+    problems = ac.open(a.directory, check=False).verify()
     for problem in problems:
         print(problem)
     print(f"{a.directory}: {len(problems)} problems" if problems else f"{a.directory}: every byte is as it was written")

@@ -10,7 +10,7 @@ import copy
 import html
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -102,7 +102,7 @@ class Model:
         bos: bool | None = None,
         chat: bool = False,
         max_length: int | None = None,
-        overflow: str = "error",
+        overflow: Literal["truncate", "error"] = "error",
         padding_side: str = "right",
         device: str | torch.device | None = None,
     ) -> dict[str, Tensor]:

@@ -100,7 +100,7 @@ class Target:
             raise TargetError(f"{directory} holds no target that can be read: {error!r}.") from error
         if not issubclass(kind, cls):
             raise TargetError(f"{directory} holds a {kind.__name__}, not a {cls.__name__}.")
-        return kind._from(record, tensors)  # type: ignore[return-value]
+        return kind._from(record, tensors)
 
     @classmethod
     def _from(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
@@ -454,7 +454,7 @@ class Scores:
 
     def target(self, rows: Sequence[int]) -> Target:
         """The target made of these rows of the table."""
-        common = {"model_hash": self.model_hash, "evidence": self.evidence(rows)}
+        common: dict[str, Any] = {"model_hash": self.model_hash, "evidence": self.evidence(rows)}
         part = self.table.loc[list(rows)]
         if self.kind in ("direction", "position"):
             return self._span(rows, common)

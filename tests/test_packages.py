@@ -1,4 +1,4 @@
-"""Contracts that hold for the packages as a whole: public names, import order, cheap imports, the repository's rules."""
+"""What holds for the packages as a whole: public names, import order, cheap imports, the repository's rules."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ ROOMS = [
     "probe.targets",
 ]
 FACE = {
-    activations_cache: {"capture", "open", "Cache", "sites", "hashing", "errors", "read_documents", "tokenize", "Documents",
-                        "Tokens", "conformance"},
+    activations_cache: {"capture", "open", "Cache", "sites", "hashing", "errors", "read_documents", "tokenize",
+                        "Documents", "Tokens", "conformance"},
     saes: {"train", "load", "evaluate", "Evaluation", "separation", "errors"},
     probe: {"load", "export", "run", "report", "audit", "data", "editing", "errors", "experts", "features", "models",
             "organisms", "patching", "plots", "probing", "targets"},

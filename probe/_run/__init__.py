@@ -135,8 +135,9 @@ def _go(walk: _Walk) -> RunResult:
 
 
 def _locate(walk: _Walk, materials: Materials) -> _steps.Found:
-    recipe, found = walk.recipe, {}
-    cache = None
+    recipe = walk.recipe
+    found: dict[str, Any] = {}
+    cache: Any = None
     if recipe["probe"] or recipe["sae"]:
         with walk.teller.step("Capture") as lines:
             cache = _steps.capture(recipe, materials, walk.out, walk.progress)

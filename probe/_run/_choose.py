@@ -84,7 +84,7 @@ def _target(candidate: Mapping[str, Any], found: Found) -> Target:
     return scores.top(k)
 
 
-def _edit(candidate: Mapping[str, Any], materials: Materials, target: Target) -> Any:
+def _edit(candidate: Mapping[str, Any], materials: Materials, target: Any) -> Any:
     from probe import editing
 
     return editing.project_out(
@@ -120,9 +120,8 @@ def _best(table: pd.DataFrame, most: float) -> int:
     """Row of the candidate that forgets most among those that keep enough; else the best difference of the two."""
     tried = table.iloc[1:]
     kept = tried[tried["retain_drop"] <= most]
-    if len(kept):
-        return int(kept["forget_drop"].idxmax())
-    return int((tried["forget_drop"] - tried["retain_drop"]).idxmax())
+    tried, gain = (kept, kept["forget_drop"]) if len(kept) else (tried, tried["forget_drop"] - tried["retain_drop"])
+    return int(tried.index.to_numpy()[gain.to_numpy().argmax()])
 
 
 def _twins(

@@ -210,7 +210,7 @@ def _parts_of(groups: Sequence[str], recipe: Mapping[str, Any]) -> dict[str, set
 def _by(questions: Questions, parts: Mapping[str, set[str]], key: str | None = None) -> dict[str, Questions]:
     """Questions of each part: by their group, or by an entry of `meta`."""
     made = {
-        name: questions.select(lambda row, own=own: (row.meta[key] if key else row.group) in own)
+        name: questions.take(i for i, row in enumerate(questions) if (row.meta[key] if key else row.group) in own)
         for name, own in parts.items()
     }
     for name, rows in made.items():

@@ -131,7 +131,7 @@ def latents(
         progress=progress,
     )
     scores = features.latents(cache, site, sae, "label", POSITIVE, "group", seed=recipe["seed"], progress=progress)
-    top = [int(scores.table.at[row, "latent"]) for row in scores.ranking()[:5]]
+    top = [int(i) for i in scores.table["latent"].to_numpy()[scores.ranking()[:5]]]
     shown = features.contexts(texts, site, sae, top, n=3, tokenizer=materials.model.tokenizer)
     return sae, saes.evaluate(sae, texts, site), scores, shown.to_df()
 

@@ -100,7 +100,7 @@ class _Rows(Sequence[Row], Generic[Row]):
         return type(self)(self.rows + other.rows, self.name)
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.rows == other.rows  # type: ignore[attr-defined]
+        return type(self) is type(other) and self.rows == other.rows
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -127,7 +127,7 @@ class _Rows(Sequence[Row], Generic[Row]):
         made = [cls._row(dict(row), i) for i, row in enumerate(rows)]
         if not made:
             raise DataError(f"{cls.__name__} needs at least one row; none was given.")
-        ids = [row.id for row in made if getattr(row, "id", "")]
+        ids = [str(own) for row in made if (own := getattr(row, "id", ""))]
         if len(set(ids)) < len(ids):
             twice = sorted({i for i in ids if ids.count(i) > 1})
             raise DataError(f"{cls.__name__} needs unique ids; these occur more than once: {', '.join(twice[:5])}.")

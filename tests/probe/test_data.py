@@ -19,7 +19,7 @@ def test_rows_survive_save_and_load(tmp_path):
     again = Questions.load(questions.save(tmp_path / "q.jsonl"))
     assert again.rows[1].perturbed_answers == ("Rome",)
     assert again.rows[0].meta["attribute"] == "city"
-    assert list(again.to_df()["attribute"])[0] == "city"
+    assert again.to_df()["attribute"].iloc[0] == "city"
     assert [row.id for row in again] == ["a", "b"] and again.groups == ["ann", "ann"]
 
 
