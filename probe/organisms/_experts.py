@@ -68,13 +68,13 @@ class ExpertsSettings:
     answer_weight: float = 10.0
     router_weight: float = 1.0
     vocab_size: int = 704
-    threads: int = 2
+    threads: int = 1
     seed: int = 0
 
 
 SIZES: dict[str, ExpertsSettings] = {
     "default": ExpertsSettings(),
-    "small": ExpertsSettings(n_subjects=12, n_holdout=6, d_model=64, d_mlp=96, epochs=16, batch_size=16, threads=1),
+    "small": ExpertsSettings(n_subjects=12, n_holdout=6, d_model=64, d_mlp=96, epochs=16, batch_size=16),
 }
 
 
