@@ -61,7 +61,7 @@ class TrainLog:
 def threads(n: int) -> Iterator[None]:
     """Let torch use `n` threads inside the block.
 
-    Sums depend on how many threads share them, so a fixed number keeps weights the same wherever an organism is trained.
+    Sums depend on how many threads share them, so a fixed number keeps weights the same wherever it is trained.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(n)
