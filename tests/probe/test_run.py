@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -32,12 +33,20 @@ def small_demo():
     return made
 
 
-def word_recipe(shared, name, **parts):
+@pytest.fixture(scope="module")
+def stories(shared_data, tmp_path_factory):
+    """The first half of the corpus: enough, and quicker."""
+    path = tmp_path_factory.mktemp("corpus") / "stories.json"
+    path.write_text(json.dumps(json.loads((shared_data / "corpora" / "tinystories_1000.json").read_text())[:500]))
+    return path
+
+
+def word_recipe(shared, name, stories, **parts):
     recipe = {
         "format": 1,
         "name": f"Forget Lily ({name})",
         "model": {"path": str(shared / name)},
-        "data": {"corpus": str(shared / "corpora" / "tinystories_1000.json"), "word": "Lily", "others": NAMES},
+        "data": {"corpus": str(stories), "word": "Lily", "others": NAMES},
         "patch": {"n_pairs": 4},
         "sae": {"d_sae": 128, "k": 8, "n_tokens": 20_000},
         "probe": {"n_boot": 200},
@@ -91,39 +100,48 @@ def test_the_exported_model_is_the_edited_one(walked):
     assert edit.base_hash == base.weights_hash
 
 
-def test_the_walk_finds_the_secret_and_the_edit_forgets_it(walked):
-    sweep = walked.found.sweep
-    assert sweep.best.low > sweep.best.control_high  # members are told from the rest, shuffled labels are not
+def test_the_small_walk_measures_what_it_claims(walked):
+    """With a handful of people no probe can be trusted; what is certain is held here, the rest at the default size."""
     own = walked.found.experts
     assert set(own.target.index) == set(own.planted)
     table = walked.card.to_df().set_index(["set", "metric", "model"])["value"]
     assert table["forget", "recall", "original"] > 0.9
-    assert table["forget", "probability", "edited"] < 0.5 * table["forget", "probability", "original"]
-    twins = pd.read_csv(walked.directory / "tables" / "twins.csv").set_index("edit")["forget_prob"]
-    assert twins["located"] < twins.filter(like="random").min()
+    candidates = pd.read_csv(walked.directory / "tables" / "candidates.csv")
+    assert candidates["chosen"].sum() == 1
+    assert candidates.loc[candidates["chosen"], "forget_prob"].item() < candidates["forget_prob"][0]
+
+
+@pytest.mark.slow
+def test_the_demo_finds_the_secret_and_cuts_it_out(tmp_path):
+    """`make demo` itself: members are told from people that the probe never saw, and the edit forgets them."""
+    made = run(recipes.read(recipes.embedded("demo")), tmp_path / "demo", progress=False)
+    best = made.found.sweep.best
+    assert best.low > max(best.control_high, best.bag_of_tokens)
+    table = made.card.to_df().set_index(["set", "metric", "model"])["value"]
+    assert table["forget", "recall", "original"] > 0.95
+    assert table["forget", "recall", "edited"] < 0.1
+    assert table["forget, unseen phrasings", "recall", "edited"] < 0.1
+    assert table["retain", "recall", "edited"] > 0.9
+    twins = pd.read_csv(made.directory / "tables" / "twins.csv").set_index("edit")
+    assert twins.loc["located", "forget_recall"] < 0.1
+    assert twins.filter(like="random", axis=0)["forget_recall"].min() > 0.8
+    assert twins.loc["located", "spared_recall"] > 0.8
+    assert set(made.found.experts.target.index) == set(made.found.experts.planted)
 
 
 def test_the_report_shows_every_step_and_opens_offline(walked):
     page = walked.report.read_text("utf-8")
-    for words in (
-        "bag of tokens",
-        "random twins",
-        "gold",
-        "Latent",
-        "Expert",
-        "manifest",
-        "sha" if "sha" in page else "hash",
-    ):
-        assert words.lower() in page.lower(), words
-    assert 'src="http' not in page
-    assert 'href="http' not in page
+    for words in ("bag of tokens", "random twins", "gold", "latent", "expert", "manifest", "hash"):
+        assert words in page.lower(), words
+    markup = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)  # plotly.js names addresses that it never calls
+    assert not re.search(r'(src|href)="(https?:)?//', markup)
     assert len(page) < 10e6
 
 
 def test_saved_scores_open_again(walked):
     again = Scores.load(walked.directory / "scores" / "sweep")
     assert again.top(1).site == walked.found.sweep.top(1).site
-    assert "sentence" in str(Edit.load(walked.directory / "edit")).lower() or walked.card.sentence
+    assert Edit.load(walked.directory / "edit").base_hash == walked.edit.base_hash
 
 
 def test_a_second_run_replaces_the_first_and_uses_its_caches(walked):
@@ -143,8 +161,8 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tinystories-656k", "stories260K"])
-def test_the_same_walk_on_a_real_checkpoint(name, shared_data, tmp_path):
-    made = run(word_recipe(shared_data, name), tmp_path / "out", progress=False)
+def test_the_same_walk_on_a_real_checkpoint(name, shared_data, stories, tmp_path):
+    made = run(word_recipe(shared_data, name, stories), tmp_path / "out", progress=False)
     table = made.card.to_df().set_index(["set", "metric", "model"])["value"]
     assert table["forget", "probability", "edited"] < table["forget", "probability", "original"]
     exported = AutoModelForCausalLM.from_pretrained(made.model)
@@ -152,25 +170,25 @@ def test_the_same_walk_on_a_real_checkpoint(name, shared_data, tmp_path):
     assert "Not measured" in made.card.sentence  # no gold, no holdout: said, not passed over
 
 
-def test_a_word_that_the_corpus_lacks(shared_data, tmp_path):
-    recipe = word_recipe(shared_data, "stories260K")
+def test_a_word_that_the_corpus_lacks(shared_data, stories, tmp_path):
+    recipe = word_recipe(shared_data, "stories260K", stories)
     recipe["data"]["word"] = "Zarathustra"
     with pytest.raises(probe.errors.DataError, match="Only 0 contexts"):
         run(recipe, tmp_path / "out", progress=False)
 
 
-def test_questions_from_files(shared_data, tmp_path):
+def test_questions_from_files(shared_data, stories, tmp_path):
     from activations_cache import read_documents
     from probe.data import word_data
 
     model = probe.load(shared_data / "stories260K")
-    texts = read_documents(shared_data / "corpora" / "tinystories_1000.json").texts
+    texts = read_documents(stories).texts
     made = word_data(texts, "Lily", NAMES, max_rows=40, n_tokens=lambda t: len(model.tokenizer(t)["input_ids"]))
     files = {
         key: str(getattr(made, key).save(tmp_path / f"{key}.jsonl"))
         for key in ("forget", "retain", "labelled", "pairs")
     }
-    recipe = word_recipe(shared_data, "stories260K", data={**files, "positive": "Lily"}, sae=False)
+    recipe = word_recipe(shared_data, "stories260K", stories, data={**files, "positive": "Lily"}, sae=False)
     result = run(recipe, tmp_path / "out", progress=False)
     assert result.found.latents is None
     assert result.report.is_file()
