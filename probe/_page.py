@@ -201,7 +201,9 @@ def _cell(value: Any, text: bool) -> str:
 
 
 def _shown(value: Any) -> str:
-    if value is None or value != value:  # NaN is the only value that is not itself
+    import pandas as pd
+
+    if pd.api.types.is_scalar(value) and pd.isna(value):
         return "–"
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"

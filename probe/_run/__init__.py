@@ -203,6 +203,10 @@ def _report(
     from probe._report import report
 
     own = found.experts
+    summary = [
+        _choose.spared_sentence(chosen, materials.noun),
+        _choose.sentence(chosen, walk.recipe["edit"]["max_retain_drop"], materials.split_by),
+    ]
     results = {
         "title": walk.recipe["name"],
         "sweep": found.sweep,
@@ -216,7 +220,7 @@ def _report(
         "edit": edit,
         "audit": card,
         "tables": dict(materials.tables),
-        "summary": [_choose.sentence(chosen, walk.recipe["edit"]["max_retain_drop"], materials.split_by)],
+        "summary": [text for text in summary if text],
         "manifest": _manifest(walk, materials, chosen, made),
         "recipe": (walk.out / "recipe.yaml").read_text("utf-8"),
         "command": walk.command,

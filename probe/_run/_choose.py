@@ -54,6 +54,7 @@ def choose(recipe: Mapping[str, Any], materials: Materials, found: Found) -> Cho
     table["forget_drop"] = 1 - table["forget_prob"] / before["forget_prob"]
     best = _best(table, settings["max_retain_drop"])
     table["chosen"] = table.index == best
+    table["rank"] = table["rank"].astype("Int64")
     candidate, target, edit = options[best - 1]
     twins = _twins(materials, candidate, target, edit, settings["random_twins"], recipe["seed"])
     return Chosen(edit, target, candidate, table, twins)
@@ -98,7 +99,8 @@ def _edit(candidate: Mapping[str, Any], materials: Materials, target: Any) -> An
 
 def _place(candidate: Mapping[str, Any], target: Target) -> dict[str, Any]:
     layers = candidate["layers"] if candidate["layers"] == "all" else ",".join(map(str, candidate["layers"]))
-    name = f"{candidate['method']} {candidate['target']}"
+    where = "" if layers == "all" else f", layers {layers}"
+    name = f"{candidate['method']} {candidate['target']}{where}"
     return {"candidate": name, "rank": len(target), "layers": layers, "site": getattr(target, "site", "")}
 
 
@@ -150,4 +152,15 @@ def sentence(chosen: Chosen, most: float, split_by: str) -> str:
     return (
         f"Of {len(chosen.table) - 1} candidate edits, {row['candidate']} of rank {row['rank']} was chosen on "
         f"{split_by}s that neither located the target nor score the edit: {rule}."
+    )
+
+
+def spared_sentence(chosen: Chosen, noun: str) -> str:
+    """What the edit did to what else is known of the same people; empty where there is nothing else."""
+    if "spared_recall" not in chosen.twins:
+        return ""
+    recall = chosen.twins.set_index("edit")["spared_recall"].astype(float).to_dict()
+    before, after = recall["unedited"], recall["located"]
+    return (
+        f"What else is known of the same {noun} was not to be forgotten: recall {before:.1%} before, {after:.1%} after."
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from probe.data import Labelled, Pairs, Questions, split_groups, word_data
 from probe.errors import DataError, RecipeError
 from probe.models import Model, load
+from probe.scoring import answer_tokens
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -145,7 +146,7 @@ def _from_word(recipe: Mapping[str, Any], model: Model) -> Materials:
         data["others"],
         max_rows=data["max_rows"],
         max_words=data["max_words"],
-        n_tokens=lambda text: len(model.tokenizer(text)["input_ids"]),
+        n_tokens=lambda text: answer_tokens(model, [(text, data["word"])])[0].start,
         seed=recipe["seed"],
     )
     parts = _parts_of(sorted({*made.forget.groups, *made.retain.groups}, key=_natural), recipe)
