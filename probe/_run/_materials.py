@@ -112,9 +112,19 @@ def _from_organism(recipe: Mapping[str, Any], progress: bool) -> Materials:
         unseen=asked(organism.unseen("forget")),
         unseen_retain=organism.unseen("retain"),
         gold=list(gold),
-        tables={"what the organism knows": organism.to_df()},
+        tables={"what the organism knows": _recall_table(organism)},
         notes=[f"to forget: {secret or 'everything'} of the {len(set(forget.groups))} people of the {organism.secret}"],
     )
+
+
+def _recall_table(organism: Any) -> pd.DataFrame:
+    """The organism's recall with chance, and each gold's, as shares in percent."""
+    table = organism.to_df()
+    for name in ("recall", "chance"):
+        table[name] = [f"{value:.1%}" for value in table[name]]
+    if "gold" in table:
+        table["gold"] = [", ".join(f"{value:.1%}" for value in values) for values in table["gold"]]
+    return table
 
 
 def _phrasing_parts(questions: Questions, recipe: Mapping[str, Any]) -> dict[str, set[str]]:
