@@ -218,6 +218,9 @@ class NoSpace(SlowView):
     def __call__(self, text, add_special_tokens=True, return_offsets_mapping=True):
         return self.inner(text.strip(), add_special_tokens=False, return_offsets_mapping=True)
 
+    def decode(self, ids):
+        return self.inner.decode(ids)
+
 
 def test_logits_that_are_not_finite_are_an_error():
     model = make_model("metaspace")
