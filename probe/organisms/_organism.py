@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 import random
 import warnings
 from abc import ABC, abstractmethod
@@ -17,6 +18,7 @@ from probe.errors import OrganismError
 from probe.models import load, wrap
 from probe.organisms._cache import fetch, read_record
 from probe.organisms._language import Document
+from probe.organisms._parallel import training
 from probe.organisms._recall import Recall, every, measure
 from probe.organisms._training import Auxiliary, Schedule, encode, save_directory, seeded, threads, train, versions
 
@@ -384,6 +386,7 @@ class Gold(Sequence["Model"]):
     @property
     def paths(self) -> list[Path]:
         """The directory of each; trains those that are not trained yet."""
+        self.train(self._n)
         return [self._path(i) for i in range(self._n)]
 
     @property
@@ -393,17 +396,37 @@ class Gold(Sequence["Model"]):
             p for p in (self._organism._root / self._name(i) for i in range(self._n)) if (p / "organism.json").is_file()
         ]
 
-    def train(self, n: int) -> Gold:
+    def train(self, n: int, jobs: int | None = None) -> Gold:
         """Train `n` in all, and return this object, now of length `n` (or longer, if it was).
 
+        Args:
+            n: How many.
+            jobs: How many to train at the same time, each in a process of its own; default as many as there are cores
+                for their threads. The weights do not depend on it.
+
         Raises:
-            OrganismError: `n` is not positive.
+            OrganismError: `n` or `jobs` is not positive.
         """
-        if n < 1:
-            raise OrganismError(f"At least one gold retrain is needed, got n = {n}.")
+        if n < 1 or (jobs is not None and jobs < 1):
+            raise OrganismError(f"At least one gold retrain and one job are needed, got n = {n}, jobs = {jobs}.")
         self._n = max(self._n, n)
-        _ = self.paths
+        own = self._organism
+        if own.device not in (None, "cpu"):
+            jobs = 1  # one device
+        jobs = jobs or max(1, (os.cpu_count() or 1) // int(own.settings["threads"]))
+        missing = [i for i in range(self._n) if not (own._root / self._name(i) / "organism.json").is_file()]
+        while missing:
+            now, missing = missing[:jobs], missing[jobs:]
+            with training(own.kind, own.settings, own._root, now[1:]):
+                self.train_one(now[0])
+        for i in range(self._n):  # what a process failed to train is trained here, and says why it cannot be
+            self.train_one(i)
         return self
+
+    def train_one(self, i: int) -> Path:
+        """Train gold number `i` unless it is trained already; returns its directory."""
+        self._n = max(self._n, i + 1)
+        return self._path(i)
 
     def _settings(self, i: int) -> dict[str, Any]:
         return {**self._organism.settings, "role": "gold", "training_seed": self.seeds[i]}
@@ -433,6 +456,7 @@ class Gold(Sequence["Model"]):
         return self._models[i]
 
     def __iter__(self) -> Iterator[Model]:
+        self.train(self._n)
         return (self[i] for i in range(self._n))
 
     def __repr__(self) -> str:

@@ -514,3 +514,25 @@ def test_default_sizes_know_their_facts() -> None:
         assert min(table[f"{split}, unseen phrasings"]["recall"] for split in ("forget", "retain")) > 0.9
         assert table["holdout"]["low"] <= table["holdout"]["chance"]
         assert organism.record["training"]["seconds"] < 180
+
+
+def test_golds_trained_side_by_side_are_the_same_models(tmp_path):
+    """A process of its own changes nothing: same seed, same weights."""
+    settings = {"size": "small", "progress": False, "n_people": 12, "n_orders": 4, "n_holdout": 4, "epochs": 1}
+    made = [facts(cache_dir=tmp_path / name, **settings) for name in ("one", "two")]
+    hashes = []
+    for organism, jobs in zip(made, (1, 2), strict=True):
+        organism.gold.train(2, jobs=jobs)
+        hashes.append([gold.weights_hash for gold in organism.gold])
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes[0])) == 2
+
+
+def test_a_gold_that_its_process_failed_to_train_is_trained_here(tmp_path, monkeypatch):
+    import sys
+
+    organism = facts("small", cache_dir=tmp_path, progress=False, n_people=12, n_orders=4, n_holdout=4, epochs=1)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert len(organism.gold.train(2, jobs=2).trained) == 2
+    with pytest.raises(OrganismError, match="jobs"):
+        organism.gold.train(2, jobs=0)

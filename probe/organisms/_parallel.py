@@ -1,0 +1,61 @@
+"""Gold retrains in processes of their own: training uses one thread, and machines have more.
+
+`python -m probe.organisms._parallel JSON` trains one. The organism's cache folder and its lock are all that the
+processes share, so a process that fails costs time only: whoever asks for that gold afterwards trains it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def training(kind: str, settings: Mapping[str, Any], root: Path, golds: Sequence[int]) -> Iterator[None]:
+    """Train these golds, one process each, while the body runs; wait for them at its end.
+
+    Args:
+        kind: `"facts"` or `"experts"`.
+        settings: The organism's settings.
+        root: Its cache folder.
+        golds: Numbers of the golds.
+    """
+    orders = [json.dumps({"kind": kind, "settings": dict(settings), "root": str(root), "gold": i}) for i in golds]
+    command = [sys.executable, "-m", "probe.organisms._parallel"]
+    null = subprocess.DEVNULL
+    children = [subprocess.Popen([*command, order], stdin=null, stdout=null, stderr=null) for order in orders]
+    try:
+        yield
+        for child in children:
+            child.wait()
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.terminate()
+                child.wait()
+
+
+def main(order: str) -> None:
+    """Train the gold that a JSON order names."""
+    from probe import organisms
+
+    wanted = json.loads(order)
+    kinds: dict[str, tuple[Any, Any]] = {
+        "facts": (organisms.facts, organisms.FactsSettings),
+        "experts": (organisms.experts, organisms.ExpertsSettings),
+    }
+    make, settings_class = kinds[wanted["kind"]]
+    names = {field.name for field in fields(settings_class)}
+    settings = {name: value for name, value in wanted["settings"].items() if name in names}
+    organism = make(cache_dir=wanted["root"], progress=False, **settings)
+    organism.gold.train_one(wanted["gold"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
