@@ -10,6 +10,8 @@ import argparse
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,6 +134,16 @@ def test_the_site_has_every_page() -> None:
     named = set(re.findall(r"[\w./-]+\.md", text))
     assert named == {str(page.relative_to(ROOT / "docs")) for page in DOCS}
     assert yaml.safe_load(text)["theme"]["font"] is False  # nothing is fetched
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocstrings", reason="needs the extra 'docs'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    page = (tmp_path / "api" / "probing.html").read_text("utf-8")
+    assert 'id="probe.probing.sweep"' in page
+    assert not re.findall(r'(?:src|href)="https?://[^"]+\.(?:js|css)"', page)  # the pages open offline
 
 
 @pytest.mark.parametrize("module", DOCUMENTED)
