@@ -120,7 +120,7 @@ def test_the_demo_finds_the_secret_and_cuts_it_out(tmp_path):
     table = made.card.to_df().set_index(["set", "metric", "model"])["value"]
     assert table["forget", "recall", "original"] > 0.95
     assert table["forget", "recall", "edited"] < 0.1
-    assert table["forget, unseen phrasings", "recall", "edited"] < 0.1
+    assert table["unseen", "recall", "edited"] < 0.1
     assert table["retain", "recall", "edited"] > 0.9
     twins = pd.read_csv(made.directory / "tables" / "twins.csv").set_index("edit")
     assert twins.loc["located", "forget_recall"] < 0.1
