@@ -17,6 +17,8 @@ import yaml
 
 from probe import recipe as recipes
 from probe._run import _choose, _steps
+from probe._run._collateral import collateral
+from probe._run._collateral import sentence as worst_hit
 from probe._run._materials import Materials, gather
 from probe._run._terminal import Teller
 from probe.errors import RecipeError
@@ -120,7 +122,9 @@ def _go(walk: _Walk) -> RunResult:
         card = _audit(walk.recipe, materials, chosen, walk.progress)
         card.save(walk.out / "card")
         walk.table("audit", card.to_df())
-        found.append(card.sentence)
+        hurt = collateral(card, materials.retain["evaluate"])
+        walk.table("collateral", hurt)
+        found += [card.sentence, worst_hit(hurt)]
     with walk.teller.step("Export, and reload in a fresh process") as found:
         edit = chosen.edit.with_audit({"sentence": card.sentence})
         edit.save(walk.out / "edit")
@@ -203,7 +207,9 @@ def _report(
     from probe._report import report
 
     own = found.experts
+    hurt = collateral(card, materials.retain["evaluate"])
     summary = [
+        worst_hit(hurt),
         _choose.spared_sentence(chosen, materials.noun),
         _choose.sentence(chosen, walk.recipe["edit"]["max_retain_drop"], materials.split_by),
     ]
@@ -219,7 +225,7 @@ def _report(
         "twins": chosen.twins,
         "edit": edit,
         "audit": card,
-        "tables": dict(materials.tables),
+        "tables": {"retained answers by what the edit cost them (the worst ten)": hurt.head(10), **materials.tables},
         "summary": [text for text in summary if text],
         "manifest": _manifest(walk, materials, chosen, made),
         "recipe": (walk.out / "recipe.yaml").read_text("utf-8"),

@@ -144,7 +144,8 @@ class ReportCard:
         from rich.console import Console
 
         width = min(max(shutil.get_terminal_size((_WIDE, 24)).columns, 80), _WIDE)
-        console = Console(file=io.StringIO(), width=width, highlight=False, no_color=True)
+        # In a notebook rich would display the card as well as write it.
+        console = Console(file=io.StringIO(), width=width, highlight=False, no_color=True, force_jupyter=False)
         console.print(self)
         text: str = console.file.getvalue()  # type: ignore[attr-defined]
         return "\n".join(line.rstrip() for line in text.splitlines()).strip("\n")

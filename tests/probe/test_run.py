@@ -111,6 +111,27 @@ def test_the_small_walk_measures_what_it_claims(walked):
     assert candidates.loc[candidates["chosen"], "forget_prob"].item() < candidates["forget_prob"][0]
 
 
+def test_collateral_is_the_plain_mean_by_answer(walked):
+    hurt = pd.read_csv(walked.directory / "tables" / "collateral.csv")
+    retain = probe.organisms.facts(size="small", progress=False).splits["retain"]
+    rows = walked.card.answers.query("set == 'retain'")
+    one = hurt.iloc[0]
+    ids = [row.id for row in retain if row.answer == one["answer"]]
+    for model, name in (("original", "before"), ("edited", "after")):
+        own = [
+            float(x)
+            for i, m, x in zip(rows["id"], rows["model"], rows["exact"], strict=True)
+            if i in ids and m == model
+        ]
+        assert len(own) == one["n"]
+        assert sum(own) / len(own) == pytest.approx(one[f"recall_{name}"])
+    assert hurt["recall_lost"].is_monotonic_decreasing
+    assert (
+        hurt["n"].sum()
+        == walked.card.to_df().query("set == 'retain' and metric == 'recall' and model == 'edited'")["n"].item()
+    )
+
+
 @pytest.mark.slow
 def test_the_demo_finds_the_secret_and_cuts_it_out(tmp_path):
     """`make demo` itself: members are told from people that the probe never saw, and the edit forgets them."""
@@ -126,6 +147,9 @@ def test_the_demo_finds_the_secret_and_cuts_it_out(tmp_path):
     assert twins.loc["located", "forget_recall"] < 0.1
     assert twins.filter(like="random", axis=0)["forget_recall"].min() > 0.8
     assert twins.loc["located", "spared_recall"] > 0.8
+    hurt = pd.read_csv(made.directory / "tables" / "collateral.csv")
+    assert hurt["answer"][0].startswith("ashen ")  # the order that shares a word with the secret one pays for the cut
+    assert (hurt["recall_lost"] > 0.1).sum() < 0.2 * len(hurt)
     assert set(made.found.experts.target.index) == set(made.found.experts.planted)
 
 
