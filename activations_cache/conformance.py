@@ -261,6 +261,8 @@ def rows_say_where_they_are_from(directory: Path) -> None:
 def columns_are_typed(directory: Path) -> None:
     """/sequences holds each label column of the manifest and no other, one entry per sequence, of its type."""
     columns = _manifest(directory)["data"]["columns"]
+    taken = {"input_ids", "length", "offsets", "position", "sequence", "token"} & set(columns)
+    _require(not taken, f"columns have the reserved names {sorted(taken)}")
     with _shards(directory) as shards:
         for entry, file in shards:
             held = set(file["sequences"]) - {"input_ids", "offsets"}

@@ -197,9 +197,17 @@ def _ids(row: Any, number: int, source: str) -> list[int]:
     values = row.tolist() if hasattr(row, "tolist") else row
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise DataError(f"{source}: row {number} must be a text or a list of token ids; got {type(row).__name__}")
-    if not all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values):
+    plain = [_plain(value) for value in values]
+    if not all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in plain):
         raise DataError(f"{source}: row {number} holds something else than token ids (integers of 0 and above)")
-    return list(values)
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    """A numpy or torch scalar as Python's; everything else, arrays included, as it is."""
+    if type(value) is int or getattr(value, "ndim", None) != 0:
+        return value
+    return value.item()
 
 
 def _checked(documents: Documents, source: str) -> Documents:
@@ -311,6 +319,10 @@ def _fit(ids: list[list[int]], max_length: int | None, overflow: Overflow) -> tu
     return [row[:max_length] for row in ids], len(long)
 
 
+# what a cache calls its own fields: a column of that name could not be told from them
+RESERVED = ("input_ids", "length", "offsets", "position", "sequence", "token")
+
+
 @dataclass(frozen=True)
 class Column:
     """A label column made ready to be stored: one type for all its values.
@@ -329,33 +341,84 @@ def storable_columns(columns: Mapping[str, list[Any]], wanted: Sequence[str] | N
 
     Args:
         columns: Columns as read.
-        wanted: Names to keep; None keeps every column whose values are strings, numbers or booleans.
+        wanted: Names to keep; None keeps every column whose values are strings, numbers or booleans. Those that are
+            not kept then, `unstorable_columns` explains.
 
     Raises:
-        DataError: A wanted column is missing or holds something else; a name that HDF5 or the format reserves.
+        DataError: A wanted column is missing or cannot be stored; a column to keep has a name in `RESERVED`.
     """
     unknown = [name for name in wanted or () if name not in columns]
     if unknown:
         raise DataError(f"no column {unknown[0]!r} in the data; its columns are {sorted(columns)}")
     kept: dict[str, Column] = {}
     for name in columns if wanted is None else wanted:
-        column = _column(columns[name])
-        if name in ("input_ids", "offsets") or "/" in name or name in ("", ".", "..") or "\0" in name:
-            column = None
+        if name in RESERVED and (wanted is not None or not _all_nested(columns[name])):
+            raise DataError(
+                f"column {name!r} has a name that every cache uses itself ({', '.join(RESERVED)}): rename it in the "
+                "data, or leave it out by naming the columns to keep with columns="
+            )
+        column = _column(columns[name]) if _name_fits(name) else None
         if column is None and wanted is not None:
             raise DataError(
-                f"column {name!r} cannot be stored: values must be all strings, all numbers or all booleans, and the "
-                "name without '/' and other than input_ids and offsets"
+                f"column {name!r} cannot be stored: {_obstacle(name, columns[name])}. A label column holds all "
+                "strings, all numbers or all booleans"
             )
         if column is not None:
             kept[name] = column
     return kept
 
 
+def unstorable_columns(columns: Mapping[str, list[Any]]) -> dict[str, str]:
+    """The columns that might have been meant as labels and cannot be stored, each with the reason.
+
+    A column that holds nothing but lists, mappings or arrays is no label by its form, and is not among them.
+    """
+    return {
+        name: _obstacle(name, values)
+        for name, values in columns.items()
+        if not _all_nested(values) and (not _name_fits(name) or _column(values) is None)
+    }
+
+
+def _all_nested(values: list[Any]) -> bool:
+    held = [value for value in values if value is not None]
+    return bool(held) and all(
+        isinstance(value, list | tuple | set | Mapping) or getattr(value, "ndim", 0) > 0 for value in held
+    )
+
+
+def _name_fits(name: str) -> bool:
+    """Whether HDF5 can take a dataset of this name."""
+    return not ("/" in name or name in ("", ".", "..") or "\0" in name)
+
+
+def _obstacle(name: str, values: list[Any]) -> str:
+    """Why a column cannot be stored, in words."""
+    if not _name_fits(name):
+        return "its name has a '/' or is none that HDF5 takes"
+    plain = _scalars(values)
+    kinds = sorted({type(value).__name__ for value in plain if value is not None})
+    if not kinds:
+        return "it has no value"
+    if len(kinds) > 1:
+        return f"its values are of several types ({', '.join(kinds)})"
+    if kinds[0] == "bool" and None in plain:
+        return "it has missing values beside booleans"
+    if kinds[0] == "int":
+        return "it has integers beyond 64 bits"
+    return "it has texts with a NUL character" if kinds[0] == "str" else f"its values are of type {kinds[0]}"
+
+
+def _scalars(values: list[Any]) -> list[Any]:
+    """Python's own scalars; among strings a NaN, by which pandas marks a missing one, is None."""
+    plain = [_plain(value) for value in values]
+    if any(isinstance(value, str) for value in plain):
+        return [None if isinstance(value, float) and math.isnan(value) else value for value in plain]
+    return plain
+
+
 def _column(values: list[Any]) -> Column | None:
-    plain = [value.item() if hasattr(value, "item") else value for value in values]
-    if any(isinstance(value, str) for value in plain):  # pandas marks a missing string with NaN
-        plain = [None if isinstance(value, float) and math.isnan(value) else value for value in plain]
+    plain = _scalars(values)
     kinds = {type(value) for value in plain if value is not None}
     missing = any(value is None for value in plain)
     if kinds == {bool} and not missing:

@@ -11,7 +11,14 @@ import pandas as pd
 import pytest
 import torch
 
-from activations_cache.documents import Documents, read_documents, storable_columns, tokenize
+from activations_cache.documents import (
+    RESERVED,
+    Documents,
+    read_documents,
+    storable_columns,
+    tokenize,
+    unstorable_columns,
+)
 from activations_cache.errors import DataError
 
 ROWS = [{"text": "one two", "label": 1, "who": "a"}, {"text": "three", "label": 0, "who": "b"}]
@@ -76,9 +83,20 @@ def test_a_csv_keeps_text_as_text(tmp_path: Path):
     assert read_documents(path) == Documents(["123", "NA"], None, {"label": ["NA", "x"]})
 
 
-@pytest.mark.parametrize("ids", [[[1, 2], [3]], [np.array([1, 2]), np.array([3])], [torch.tensor([1, 2]), (3,)]])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [[1, 2], [3]],
+        [np.array([1, 2]), np.array([3])],
+        [torch.tensor([1, 2]), (3,)],
+        [[np.int64(1), np.uint8(2)], [np.int32(3)]],
+        [list(torch.tensor([1, 2])), [3]],
+    ],
+)
 def test_token_ids_in_any_container(ids: Any):
-    assert read_documents(ids).input_ids == [[1, 2], [3]]
+    read = read_documents(ids).input_ids or []
+    assert read == [[1, 2], [3]]
+    assert all(type(value) is int for row in read for value in row)
 
 
 def test_token_ids_as_a_column_and_as_a_matrix():
@@ -101,6 +119,9 @@ def test_token_ids_as_a_column_and_as_a_matrix():
         (["x", [1]], "row 1 is a list"),
         ([[1, -2]], "row 0 holds something else than token ids"),
         ([[1.5]], "row 0 holds something else than token ids"),
+        ([[np.float32(1)]], "row 0 holds something else than token ids"),
+        ([[1], [np.bool_(True)]], "row 1 holds something else than token ids"),
+        ([[np.int64(-1)]], "row 0 holds something else than token ids"),
         ([3], "row 0 must be a text or a list"),
         ({"train": ROWS}, "several splits"),
         (7, "must be a list"),
@@ -193,7 +214,6 @@ def test_columns_get_one_type_each():
         "mixed": ["a", 1],
         "big": [2**70, 1],
         "nul": ["a\0", "b"],
-        "offsets": [1, 2],
         "a/b": [1, 2],
     }
     kept = storable_columns(columns)
@@ -208,6 +228,47 @@ def test_columns_get_one_type_each():
         storable_columns(columns, ["absent"])
     with pytest.raises(DataError, match="column 'lists' cannot be stored"):
         storable_columns(columns, ["lists"])
+
+
+def test_columns_that_cannot_be_stored_have_a_reason():
+    columns = {
+        "good": ["a", None, float("nan")],
+        "lists": [[1], [2], None],
+        "arrays": [np.array([1, 2]), np.array([3]), None],
+        "two": [True, 1, 2],
+        "holed": [True, None, False],
+        "mixed": [3, "x", "y"],
+        "a/b": ["p", "q", "r"],
+        "big": [2**70, 1, 2],
+        "nul": ["a\0", "b", float("nan")],
+        "none": [None, None, None],
+        "dates": [np.datetime64("2020-01-01")] * 3,
+    }
+    reasons = unstorable_columns(columns)
+    assert set(storable_columns(columns)) == {"good"}
+    assert set(reasons) == set(columns) - {"good", "lists", "arrays"}
+    assert "several types (bool, int)" in reasons["two"]
+    assert "missing values" in reasons["holed"]
+    assert "several types (int, str)" in reasons["mixed"]
+    assert "'/'" in reasons["a/b"]
+    assert "64 bits" in reasons["big"]
+    assert "NUL" in reasons["nul"]
+    assert "no value" in reasons["none"]
+    assert "of type date" in reasons["dates"]
+    for name, reason in reasons.items():
+        with pytest.raises(DataError) as caught:
+            storable_columns(columns, [name])
+        assert f"column {name!r} cannot be stored: {reason}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", RESERVED)
+def test_a_column_may_not_be_called_like_a_field_of_the_cache(name: str):
+    columns = {name: ["short", "long"], "label": [0, 1]}
+    for wanted in (None, [name]):
+        with pytest.raises(DataError, match=f"column '{name}' has a name .* rename it .* columns="):
+            storable_columns(columns, wanted)
+    assert list(storable_columns(columns, ["label"])) == ["label"]
+    assert list(storable_columns({name: [[1], [2]], "label": [0, 1]})) == ["label"]  # lists: no label by their form
 
 
 def test_real_corpora_and_tokenizer(shared_data: Path):

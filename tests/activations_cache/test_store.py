@@ -541,6 +541,25 @@ def break_values(path: Path) -> None:
         file["sites"][SITE][0, 0] = np.nan
 
 
+def rename_column(path: Path, old: str, new: str) -> None:
+    """Rename a label column in every shard and in the manifest."""
+    manifest = store.read_manifest(path)
+    columns = manifest["data"]["columns"]
+    columns[new] = columns.pop(old)
+    for entry in manifest["shards"]:
+        with h5py.File(path / entry["file"], "r+") as file:
+            file["sequences"].move(old, new)
+        entry["bytes"] = (path / entry["file"]).stat().st_size
+    store.write_manifest(path, manifest)
+
+
+def test_a_column_of_a_reserved_name_breaks_the_format_and_is_read_as_the_column(copy: Path):
+    authors = list(ac.open(copy).labels("author"))
+    rename_column(copy, "author", "length")
+    assert any(line.startswith("S7") and "reserved" in line for line in conformance.failures(copy))
+    assert list(ac.open(copy).labels("length")) == authors
+
+
 def test_requirements_notice_what_only_they_can(copy: Path):
     break_values(copy)
     broken = {line.split(":")[0] for line in conformance.failures(copy)}
