@@ -6,7 +6,9 @@ forwards, and another places their rows in the shard's buffer and commits shards
 
 from __future__ import annotations
 
+import errno
 import math
+import shutil
 import sys
 import warnings
 from collections import deque
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from activations_cache import _index, hashing
 from activations_cache import sites as site_catalogue
-from activations_cache._job import LARGEST, Job, Request, held_manifest, prepare, warn_of_changes
+from activations_cache._job import LARGEST, Job, Request, check_bytes, held_manifest, prepare, warn_of_changes
 from activations_cache.cache import Cache
 from activations_cache.cache import open as open_cache
 from activations_cache.documents import Column, Overflow
@@ -73,9 +75,12 @@ def capture(
     from there, and ends with the same bytes as a run that was never interrupted (one machine, the same versions).
     The forward stops after the last site that is needed, and writing overlaps with it.
 
+    Before a cache is gone on with or returned as finished, every byte of its committed shards is compared with their
+    SHA-256 (about 1 GB/s from a disk that is as fast). `open` does not do that: it looks at sizes alone.
+
     Args:
         model: A Hugging Face causal language model, or anything with one as `.hf` (and perhaps `.tokenizer`, `.name`).
-            It is put in eval mode meanwhile.
+            It is put in eval mode meanwhile; then each module gets its own mode back.
         data: Whatever `read_documents` takes: texts or token ids, in memory or in a file.
         sites: Names or patterns of sites, e.g. "blocks.*.hook_resid_post". Aliases are stored once.
         out: The cache directory; made if need be.
@@ -90,9 +95,11 @@ def capture(
         chat: As in `tokenize`.
         overflow: As in `tokenize`.
         columns: Label columns to store per sequence; None stores all whose values are strings, numbers or booleans.
+            No column may be called input_ids, length, offsets, position, sequence or token, which are a cache's own
+            fields: rename it, or leave it out by naming the others here.
         text_column: The column of the data that holds the text.
-        resume: Go on with an interrupted capture of the same kind, and return a finished one at once. False refuses
-            any existing cache; nothing is ever deleted.
+        resume: Go on with an interrupted capture of the same kind, and return a finished one without running the
+            model. False refuses any existing cache; nothing is ever deleted.
         device: Move the model there first; None leaves it where it is.
         progress: Show a progress bar with tokens per second.
 
@@ -100,14 +107,19 @@ def capture(
         The finished cache, opened.
 
     Raises:
-        DataError: Unusable data or settings, a text too long under overflow="error".
+        DataError: Unusable data or settings, a text too long under overflow="error", a column of a reserved name.
         SiteError: An unknown site, or one that has no row per token (attention patterns).
         CacheMismatchError: `out` holds a cache of another model, other data or other settings.
         CacheLockedError: Another process is writing there.
         CacheError: `out` is not empty and holds no cache; the disk is full; a cache exists and resume=False.
-        CorruptCacheError: A shard of the cache to go on with is damaged.
+        CorruptCacheError: A committed shard of the cache to go on with, or to return, is missing, truncated, or has a
+            byte that is not as it was written.
         NumericsError: An activation is NaN or does not fit the storage type.
         ModelError: The forward ran out of memory, or the model's sites cannot be named.
+
+    Warns:
+        UserWarning: Documents were cut; columns were left out because no cache can hold them (values of several types,
+            booleans with gaps, a '/' in the name); the cache was begun with other library versions.
 
     Cost: one forward up to the last site over all tokens; bytes written = rows x sum of site widths x 2 or 4.
     """
@@ -118,9 +130,14 @@ def capture(
     if job.tokens.n_truncated:
         cut = f"{job.tokens.n_truncated} of {len(job.tokens)} documents were cut to {job.max_length} tokens"
         warnings.warn(cut, stacklevel=2)
+    if job.dropped:
+        reasons = "; ".join(f"{name!r}: {reason}" for name, reason in job.dropped.items())
+        warnings.warn(f"columns left out of the cache, no labels can be had of them: {reasons}", stacklevel=2)
     held = held_manifest(job, resume)
     if held is None or not held["finished"]:
         _run(job, progress)
+    else:
+        check_bytes(job, held, progress)
     return open_cache(out)
 
 
@@ -129,7 +146,7 @@ def _run(job: Job, progress: bool) -> None:
     try:
         job.out.mkdir(parents=True, exist_ok=True)
         with writer_lock(job.out):
-            writer = _Writer(job)
+            writer = _Writer(job, progress)
             try:
                 _forward_all(job, writer, progress)
             except BaseException as error:
@@ -137,9 +154,23 @@ def _run(job: Job, progress: bool) -> None:
                 raise
     except OSError as error:
         raise CacheError(
-            f"{job.out} cannot be written: {error}. What was committed is intact: make room or give access, and run "
-            "the same capture again to go on"
+            f"{job.out} cannot be written: {_cause(job, error)}. What was committed is intact: make room or give "
+            "access, and run the same capture again to go on"
         ) from error
+
+
+def _cause(job: Job, error: OSError) -> str:
+    """The error, with the room on the disk where that explains it: HDF5 says strange things of a full disk."""
+    row_bytes = sum(spec.row_bytes for spec in job.specs)
+    shard = max(shard.rows for shard in job.plan.shards) * row_bytes
+    place = next(path for path in (job.out, *job.out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if free >= shard or error.errno not in (None, errno.ENOSPC):
+        return str(error)
+    return (
+        f"no room is left on the disk: {free / 2**20:.1f} MiB are free, one shard takes about {shard / 2**20:.1f} MiB "
+        f"and the whole cache {job.plan.rows * row_bytes / 2**20:.1f} MiB ({error})"
+    )
 
 
 def _say_how_to_go_on(job: Job, writer: _Writer, error: BaseException, progress: bool) -> None:
@@ -153,10 +184,10 @@ def _say_how_to_go_on(job: Job, writer: _Writer, error: BaseException, progress:
 class _Writer:
     """Places batches in the shard's buffer, and commits the shard with its last batch. Runs in its own thread.
 
-    Opening it resumes: shards that the manifest names are kept and their statistics read back.
+    Opening it resumes: shards that the manifest names are checked and kept, and their statistics read back.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, progress: bool) -> None:
         self.job = job
         self.buffer: ShardBuffer | None = None
         self.failed = False
@@ -169,6 +200,7 @@ class _Writer:
         else:
             self.manifest = held
             warn_of_changes(job, held)
+            check_bytes(job, held, progress)
             for entry in held["shards"]:
                 self._merge(read_moments(job.out / entry["file"], job.specs))
 
@@ -259,7 +291,7 @@ class _Collector:
     def __enter__(self) -> _Collector:
         self._open = ExitStack()
         hf = self.job.hf
-        self._open.callback(hf.train, hf.training)
+        self._open.callback(_restore_modes, [(module, module.training) for module in hf.modules()])
         hf.eval()
         self._open.enter_context(torch.no_grad())
         self._open.enter_context(site_catalogue.hooked(hf, dict.fromkeys(self.specs, self._read)))
@@ -335,6 +367,12 @@ class _Collector:
         lengths = self.job.plan.lengths[self.batch]
         counts = lengths if self.job.plan.positions == "all" else np.ones_like(lengths)
         return int(self.batch[np.searchsorted(np.cumsum(counts), row, side="right")])
+
+
+def _restore_modes(modes: Sequence[tuple[torch.nn.Module, bool]]) -> None:
+    """Give each module its own mode back; `train()` on the whole would set all of them alike."""
+    for module, training in modes:
+        module.training = training
 
 
 def _is_memory(error: BaseException) -> bool:

@@ -20,10 +20,18 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from activations_cache import hashing
+from activations_cache import _verify, hashing
 from activations_cache import sites as site_catalogue
 from activations_cache._shards import check_size, damage
-from activations_cache.documents import Column, Overflow, Tokens, read_documents, storable_columns, tokenize
+from activations_cache.documents import (
+    Column,
+    Overflow,
+    Tokens,
+    read_documents,
+    storable_columns,
+    tokenize,
+    unstorable_columns,
+)
 from activations_cache.errors import CacheError, CacheMismatchError, CorruptCacheError, DataError, SiteError
 from activations_cache.plan import Plan, Positions, default_shard_rows, make_plan
 from activations_cache.store import (
@@ -79,6 +87,7 @@ class Job:
         plan: Shards and batches.
         manifest: The manifest of the cache before its first shard.
         out: The cache directory.
+        dropped: Columns that nobody chose to leave out and that cannot be stored, each with the reason.
     """
 
     hf: Any
@@ -88,6 +97,7 @@ class Job:
     plan: Plan
     manifest: dict[str, Any]
     out: Path
+    dropped: dict[str, str]
 
     @property
     def max_length(self) -> int:
@@ -139,7 +149,8 @@ def prepare(asked: Request) -> Job:
     manifest |= {"libraries": _libraries(), "machine": _machine(hf)}
     manifest |= {"created": datetime.now(UTC).isoformat(timespec="seconds"), "shards": []}
     manifest["identity"] = json_digest(_facts(manifest))
-    return Job(hf, tokens, columns, specs, plan, manifest, asked.out)
+    dropped = unstorable_columns(tokens.columns) if asked.columns is None else {}
+    return Job(hf, tokens, columns, specs, plan, manifest, asked.out, dropped)
 
 
 def _max_length(asked: Request, n_ctx: int) -> int:
@@ -313,6 +324,23 @@ def _check_same(job: Job, held: Mapping[str, Any]) -> None:
         wrong = check_size(job.out, entry)
         if wrong:
             raise CorruptCacheError(damage(job.out, entry, wrong))
+
+
+def check_bytes(job: Job, held: Mapping[str, Any], progress: bool) -> None:
+    """Compare every committed shard with the SHA-256 that the manifest names: one read of the cache.
+
+    Raises:
+        CorruptCacheError: A byte is not as it was written; the datasets and sequences that are hit are named.
+    """
+    from tqdm.auto import tqdm
+
+    for raw in tqdm(held["shards"], desc="check", unit="shard", disable=not progress, leave=False):
+        problem = _verify.verify_shard(job.out, ShardEntry(**raw), list(job.specs), held["identity"])
+        if problem is not None:
+            raise CorruptCacheError(
+                f"{job.out / problem.file} {problem.described}. Restore the file, or delete the cache and capture it "
+                "again"
+            )
 
 
 def _differences(job: Job, held: Mapping[str, Any]) -> str:

@@ -44,12 +44,17 @@ class Problem:
     detail: str
     sequences: tuple[int, ...] = ()
 
-    def __str__(self) -> str:
+    @property
+    def described(self) -> str:
+        """What was found and which sequences it hits, without the name of the file."""
         hit = ""
         if self.sequences:
             first, last = self.sequences[0], self.sequences[-1]
             hit = f"; {len(self.sequences)} sequences affected, between {first} and {last}"
-        return f"{self.file}: {self.detail}{hit}"
+        return f"{self.detail}{hit}"
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.described}"
 
 
 def verify(directory: str | Path, progress: bool = False) -> list[Problem]:
@@ -72,7 +77,7 @@ def verify(directory: str | Path, progress: bool = False) -> list[Problem]:
     specs = [SiteSpec.from_json(entry) for entry in manifest["sites"]]
     problems: list[Problem] = []
     for raw in tqdm(manifest["shards"], desc="verify", unit="shard", disable=not progress):
-        problem = _verify_shard(directory, ShardEntry(**raw), specs, manifest["identity"])
+        problem = verify_shard(directory, ShardEntry(**raw), specs, manifest["identity"])
         if problem is not None:
             problems.append(problem)
     wrong = _index.index_damage(directory, manifest)
@@ -81,7 +86,8 @@ def verify(directory: str | Path, progress: bool = False) -> list[Problem]:
     return problems
 
 
-def _verify_shard(directory: Path, entry: ShardEntry, specs: list[SiteSpec], identity: str) -> Problem | None:
+def verify_shard(directory: Path, entry: ShardEntry, specs: list[SiteSpec], identity: str) -> Problem | None:
+    """Hash one shard (about 1 GB/s); what is wrong with it, down to its datasets and sequences, or None."""
     path = directory / entry.file
     everything = tuple(range(entry.first_sequence, entry.first_sequence + entry.sequences))
     wrong = check_size(directory, entry)

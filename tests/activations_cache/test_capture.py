@@ -155,6 +155,16 @@ def test_the_model_is_left_as_it_was(tmp_path: Path):
     assert all(torch.equal(value, state[name]) for name, value in llama().state_dict().items())
 
 
+def test_each_module_gets_its_own_mode_back(tmp_path: Path):
+    model = copy.deepcopy(llama()).train()
+    model.model.layers[0].eval()
+    model.model.norm.training = False
+    before = {name: module.training for name, module in model.named_modules()}
+    small(tmp_path / "acts", model=model)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert len(set(before.values())) == 2
+
+
 def test_the_model_may_change_its_tensor_in_place_afterwards(tmp_path: Path):
     model = copy.deepcopy(llama())
     for layer in model.model.layers:
@@ -326,6 +336,35 @@ def test_a_damaged_cache_is_not_resumed(tmp_path: Path, monkeypatch: pytest.Monk
         small(tmp_path / "acts")
 
 
+def flip(path: Path, dataset: str) -> None:
+    """Turn over one bit of a shard's dataset in place."""
+    with h5py.File(path) as file:
+        found = file[dataset]
+        offset = found.id.get_offset() + found.id.get_storage_size() // 2
+    raw = bytearray(path.read_bytes())
+    raw[offset] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("dataset", [f"sites/{SITE}", "sequences/input_ids", f"statistics/{SITE}/mean"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_an_altered_byte_is_found_before_a_cache_is_gone_on_with(
+    dataset: str, finished: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "acts"
+    small(out) if finished else interrupted_capture(out, monkeypatch)
+    flip(out / "shard-00000.h5", dataset)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    forbid_forward(monkeypatch)
+    with pytest.raises(CorruptCacheError, match=r"shard-00000.h5 has altered bytes.*sequences affected.*capture it"):
+        small(out)
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        assert len(ac.open(out)) > 0  # opening looks at sizes alone
+        assert [problem.kind for problem in ac.open(out).verify()] == ["altered"]
+
+
 def test_a_resume_under_another_version_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     interrupted_capture(tmp_path / "acts", monkeypatch)
     manifest = store.read_manifest(tmp_path / "acts")
@@ -363,6 +402,33 @@ def test_bad_requests_are_refused_before_anything_is_written(
     with pytest.raises(error, match=message):
         small(tmp_path / "acts", **settings)
     assert not (tmp_path / "acts").exists()
+
+
+def test_a_column_that_would_hide_behind_a_field_of_the_cache_is_refused(tmp_path: Path):
+    rows = [{"input_ids": ids, "length": "long" if len(ids) > 6 else "short", "n": 1} for ids in token_rows()]
+    with pytest.raises(DataError, match=r"column 'length' has a name .* rename it"):
+        small(tmp_path / "acts", rows)
+    assert not (tmp_path / "acts").exists()
+    cache = small(tmp_path / "acts", rows, columns=["n"])
+    assert cache.sequences["length"].tolist() == [len(row["input_ids"]) for row in rows]
+    assert "columns length" in cache.info()
+
+
+def test_columns_that_no_cache_can_hold_are_said(tmp_path: Path):
+    rows = [
+        {"input_ids": [5, 6], "flag": flag, "a/b": "x", "spans": [1, 2], "good": i}
+        for i, flag in enumerate([True, None])
+    ]
+    with pytest.warns(UserWarning, match=r"columns left out.*'flag': it has missing.*'a/b': its name") as caught:
+        cache = small(tmp_path / "acts", rows)
+    assert len(caught) == 1
+    assert "spans" not in str(caught[0].message)  # a list is no label by its form
+    assert list(cache.labels("good")) == [0, 0, 1, 1]
+    assert "left out    columns a/b, flag, spans" in cache.info()
+    assert "columns a/b, flag, spans" in cache._repr_html_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "flag" in small(tmp_path / "chosen", rows, columns=["good"]).info()
 
 
 def test_over_long_documents_are_cut_counted_and_said(tmp_path: Path):
@@ -419,6 +485,35 @@ def test_an_error_of_the_writing_thread_surfaces(tmp_path: Path, monkeypatch: py
         with pytest.raises(CacheError, match=r"No space left on device.*run the same capture again"):
             small(tmp_path / "acts")
     assert small(tmp_path / "acts").finished
+
+
+@pytest.mark.parametrize(
+    ("error", "free", "named"),
+    [
+        (OSError("Can't destroy cache (slist already enabled?)"), 100, True),
+        (OSError(28, "No space left on device"), 100, True),
+        (OSError(28, "No space left on device"), 2**40, False),  # a quota, say: the error itself names it
+        (OSError("Can't destroy cache (slist already enabled?)"), 2**40, False),
+        (PermissionError(13, "Permission denied"), 100, False),
+    ],
+)
+def test_a_failed_write_names_the_room_that_is_left(
+    error: OSError, free: int, named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(_capture, "write_shard", fail)
+    monkeypatch.setattr(_capture.shutil, "disk_usage", lambda _place: SimpleNamespace(free=free))
+    with pytest.raises(CacheError, match="cannot be written") as caught:
+        small(tmp_path / "acts", [[5] * 60] * 100, batch_tokens=6000, shard_rows=3000)
+    row_bytes = 2 * llama().config.hidden_size * 4  # sites x d_model x float32
+    said = (
+        f"no room is left on the disk: {free / 2**20:.1f} MiB are free, one shard takes about "
+        f"{3000 * row_bytes / 2**20:.1f} MiB and the whole cache {6000 * row_bytes / 2**20:.1f} MiB"
+    )
+    assert (said in str(caught.value)) == named
+    assert str(error) in str(caught.value)
 
 
 def test_a_full_disk_leaves_a_cache_that_goes_on(tmp_path: Path):
