@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     # Standard tokenizers fork-warn otherwise, and their threads fight with torch's on few cores.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with warnings.catch_warnings():
+        warnings.showwarning = _note
+        return _guarded(arguments)
+
+
+def _guarded(arguments: argparse.Namespace) -> int:
     try:
+        if getattr(arguments, "out", None) is not None:
+            _check_out(arguments)
         command: Command = arguments.command
         return command(arguments)
     except KeyboardInterrupt:
@@ -31,8 +41,60 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug or not _expected(error):
             raise
-        print(f"probe: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"probe: error: {_in_flags(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
+
+
+def _note(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
+    """A warning of ours as one line; those of libraries about themselves are not the user's business."""
+    if category is UserWarning:
+        print(f"probe: note: {_in_flags(' '.join(str(message).split()))}", file=sys.stderr)
+
+
+# The library's messages name its arguments; here they are flags.
+_FLAGS = {
+    "overwrite=True": "--overwrite",
+    "resume=False": "--no-resume",
+    "chat=False": "no --chat",
+    'overflow="truncate"': "--overflow truncate",
+    "overflow='truncate'": "--overflow truncate",
+    "text_column=": "--text-column ",
+    "batch_tokens": "--batch-tokens",
+    "max_length=": "--max-length ",
+}
+
+
+def _in_flags(message: str) -> str:
+    for argument, flag in _FLAGS.items():
+        message = message.replace(argument, flag)
+    return message
+
+
+def _check_out(a: argparse.Namespace) -> None:
+    """Before anything is computed: an output that exists is refused where the command would write over it or into it."""
+    from probe.errors import ProbeError
+
+    if a.out.exists() and not a.out.is_dir():
+        raise ProbeError(f"--out {a.out} is a file; a directory is needed.")
+    if getattr(a, "overwrite", None) is False and a.out.exists() and any(a.out.iterdir()):
+        raise ProbeError(f"--out {a.out} exists and is not empty; give another, or --overwrite.")
+
+
+def _bars() -> bool:
+    """Progress bars in a terminal, none in a file or a pipe (transformers' own too)."""
+    if sys.stderr.isatty():
+        return True
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return False
 
 
 def _expected(error: Exception) -> bool:
@@ -157,6 +219,7 @@ def _add_sae(commands: Any) -> None:
     made.add_argument("--k", type=int, default=32, metavar="N")
     made.add_argument("--tokens", type=int, metavar="N", help="rows to train on (default: one epoch)")
     made.add_argument("--seed", type=int, default=0)
+    _add_overwrite(made)
     made = _add(
         actions,
         "eval",
@@ -185,6 +248,7 @@ def _add_patch(commands: Any) -> None:
     made.add_argument("--direction", choices=("denoise", "noise"), default="denoise")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--out", type=Path, help="directory for the scores")
+    _add_overwrite(made)
 
 
 def _add_experts(commands: Any) -> None:
@@ -200,6 +264,7 @@ def _add_experts(commands: Any) -> None:
     made.add_argument("--retain", type=Path, required=True, help="texts to compare with")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--out", type=Path, help="directory for the scores")
+    _add_overwrite(made)
 
 
 def _add_edit(commands: Any) -> None:
@@ -211,17 +276,21 @@ def _add_edit(commands: Any) -> None:
         _edit_apply,
         "probe edit apply --base MODEL --edit EDIT --out edited/",
     )
-    _add_apply(made)
+    _add_apply(made, required=True)
     _add(actions, "show", "show what an edit changes", _edit_show, "probe edit show EDIT").add_argument(
         "edit", type=Path
     )
 
 
-def _add_apply(made: argparse.ArgumentParser) -> None:
-    made.add_argument("--base", required=True, help="hub name or directory of the base model")
-    made.add_argument("--edit", type=Path, help="directory with edit.json and edit.safetensors")
-    made.add_argument("--out", type=Path, required=True, help="directory for the edited model")
+def _add_overwrite(made: argparse.ArgumentParser) -> None:
     made.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def _add_apply(made: argparse.ArgumentParser, required: bool) -> None:
+    made.add_argument("--base", required=True, help="hub name or directory of the base model")
+    made.add_argument("--edit", type=Path, required=required, help="directory with edit.json and edit.safetensors")
+    made.add_argument("--out", type=Path, required=True, help="directory for the edited model")
+    _add_overwrite(made)
     made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="floating-point type of the result")
 
 
@@ -242,7 +311,11 @@ def _add_audit(commands: Any) -> None:
     made.add_argument("--gold", action="append", default=[], help="a gold retrain; may be given several times")
     made.add_argument("--corpus", type=Path, help="texts for perplexity")
     made.add_argument("--seed", type=int, default=0)
+    made.add_argument(
+        "--people", default="groups", help="what a group of the questions is, in sentences (default: groups)"
+    )
     made.add_argument("--out", type=Path, help="directory for the report card")
+    _add_overwrite(made)
 
 
 def _add_export(commands: Any) -> None:
@@ -253,7 +326,7 @@ def _add_export(commands: Any) -> None:
         _edit_apply,
         "probe export --base MODEL --edit EDIT --out edited/",
     )
-    _add_apply(made)
+    _add_apply(made, required=False)
 
 
 def _demo(a: argparse.Namespace) -> int:
@@ -263,7 +336,8 @@ def _demo(a: argparse.Namespace) -> int:
     if a.size == "small":
         made["model"]["size"] = "small"
         made["experts"] = {**made["experts"], "size": "small"} if made["experts"] else False
-    return _walk(made, a.out, a.no_progress, f"probe demo --out {a.out}")
+    size = ["--size", a.size] if a.size != "default" else []
+    return _walk(made, a.out, a.no_progress, shlex.join(["probe", "demo", *size, "--out", str(a.out)]))
 
 
 def _run(a: argparse.Namespace) -> int:
@@ -271,19 +345,20 @@ def _run(a: argparse.Namespace) -> int:
 
     made = recipe.read(a.recipe)
     out = a.out or Path("runs") / a.recipe.stem
-    return _walk(made, out, a.no_progress, f"probe run {a.recipe} --out {out}")
+    return _walk(made, out, a.no_progress, shlex.join(["probe", "run", str(a.recipe), "--out", str(out)]))
 
 
 def _walk(recipe: dict[str, Any], out: Path, no_progress: bool, command: str) -> int:
     from probe._run import run
 
-    run(recipe, out, progress=not no_progress and sys.stderr.isatty(), command=command, quiet=False)
+    run(recipe, out, progress=not no_progress and _bars(), command=command, quiet=False)
     return 0
 
 
 def _load(a: argparse.Namespace) -> Any:
     from probe.models import load
 
+    _bars()
     return load(a.model, dtype=a.model_dtype, device=a.device)
 
 
@@ -293,7 +368,7 @@ def _capture(a: argparse.Namespace) -> int:
     cache = ac.capture(
         _load(a), a.data, a.site, a.out, positions=a.positions, dtype=a.dtype, batch_tokens=a.batch_tokens,
         shard_rows=a.shard_rows, max_length=a.max_length, overflow=a.overflow, text_column=a.text_column, bos=a.bos,
-        chat=a.chat, resume=not a.no_resume,
+        chat=a.chat, resume=not a.no_resume, progress=_bars(),
     )  # fmt: skip
     print(cache.info())
     return 0
@@ -309,10 +384,13 @@ def _cache_info(a: argparse.Namespace) -> int:
 def _cache_verify(a: argparse.Namespace) -> int:
     import activations_cache as ac
 
-    problems = ac.open(a.directory, check=False).verify()
+    cache = ac.open(a.directory, check=False)
+    problems = cache.verify()
     for problem in problems:
         print(problem)
-    print(f"{a.directory}: {len(problems)} problems" if problems else f"{a.directory}: every byte is as it was written")
+    whole = "" if cache.finished else " (an unfinished cache: the same capture goes on with it)"
+    found = f"{len(problems)} problems" if problems else "every byte is as it was written"
+    print(f"{a.directory}: {found}{whole}")
     return 1 if problems else 0
 
 
@@ -322,7 +400,15 @@ def _sae_train(a: argparse.Namespace) -> int:
 
     cache = ac.open(a.cache)
     sae = saes.train(
-        cache, a.site, architecture=a.architecture, d_sae=a.d_sae, k=a.k, n_tokens=a.tokens, seed=a.seed, out=a.out
+        cache,
+        a.site,
+        architecture=a.architecture,
+        d_sae=a.d_sae,
+        k=a.k,
+        n_tokens=a.tokens,
+        seed=a.seed,
+        out=a.out,
+        progress=_bars(),
     )
     print(saes.evaluate(sae, cache, a.site))
     print(f"SAE: {a.out}")
@@ -342,15 +428,28 @@ def _patch(a: argparse.Namespace) -> int:
     from probe.data import Pairs
 
     pairs = Pairs.load(a.pairs)
-    return _tell(patching.patch(_load(a), pairs, component=a.component, direction=a.direction, seed=a.seed), a.out)
+    return _tell(
+        patching.patch(_load(a), pairs, component=a.component, direction=a.direction, seed=a.seed, progress=_bars()),
+        a.out,
+    )
 
 
 def _experts(a: argparse.Namespace) -> int:
-    from activations_cache import read_documents
     from probe import experts
 
-    forget, retain = (read_documents(path).texts or [] for path in (a.forget, a.retain))
-    return _tell(experts.attribute(_load(a), forget, retain, seed=a.seed), a.out)
+    forget, retain = _prompts(a.forget), _prompts(a.retain)
+    return _tell(experts.attribute(_load(a), forget, retain, seed=a.seed, progress=_bars()), a.out)
+
+
+def _prompts(path: Path) -> Any:
+    """Questions where the file holds them; else the file itself, whose texts or token ids and groups are read."""
+    from probe.data import Questions
+    from probe.errors import DataError
+
+    try:
+        return Questions.load(path)
+    except DataError:
+        return path
 
 
 def _tell(scores: Any, out: Path | None) -> int:
@@ -374,13 +473,23 @@ def _edit_apply(a: argparse.Namespace) -> int:
     from probe.editing import Edit
     from probe.models import load
 
+    _bars()
     edit = Edit.load(a.edit) if a.edit else None
     print(export(load(a.base, device="cpu"), edit, a.out, overwrite=a.overwrite, dtype=a.dtype))
     return 0
 
 
-def _audit(a: argparse.Namespace) -> int:
+def _texts(path: Path) -> list[str]:
     from activations_cache import read_documents
+    from probe.errors import DataError
+
+    texts = read_documents(path).texts
+    if texts is None:
+        raise DataError(f"{path} holds token ids; texts are needed here.")
+    return texts
+
+
+def _audit(a: argparse.Namespace) -> int:
     from probe.audit import audit
     from probe.data import Questions
     from probe.editing import Edit
@@ -393,8 +502,10 @@ def _audit(a: argparse.Namespace) -> int:
         Questions.load(a.retain),
         Questions.load(a.holdout) if a.holdout else None,
         gold=[load(path) for path in a.gold] or None,
-        corpus=read_documents(a.corpus).texts if a.corpus else None,
+        corpus=_texts(a.corpus) if a.corpus else None,
+        people=a.people,
         seed=a.seed,
+        progress=_bars(),
     )
     print(card)
     if a.out is not None:

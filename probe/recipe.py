@@ -5,6 +5,7 @@ The schema is `probe/recipe.schema.json`; `probe.recipe.schema()` returns it.
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterator, Mapping
 from importlib import resources
@@ -53,7 +54,11 @@ def read(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         node = yaml.compose(path.read_text("utf-8"), Loader=yaml.SafeLoader)
         recipe = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        text = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
+        raise RecipeError(f"{path} is not YAML: {text}") from error
+    twice = next(_given_twice(node), None)
+    if twice is not None:
+        raise RecipeError(f"{path}:{twice.start_mark.line + 1}: the key {twice.value!r} is given twice.")
     if not isinstance(recipe, dict):
         raise RecipeError(f"{path} must hold a mapping (format, name, model, edit, ...).")
     return _anchor(resolve(recipe, str(path), node), path.parent)
@@ -73,17 +78,39 @@ def resolve(recipe: Mapping[str, Any], source: str = "recipe", node: Any = None)
     if found:
         shown = "; ".join(_say(error, source, node) for error in found[:3])
         raise RecipeError(shown + (f"; and {len(found) - 3} more" if len(found) > 3 else ""))
+    _check_model(plain, source)
     made = _fill(plain, schema())
     if "organism" in made["model"]:
         made["model"].setdefault("attribute", "order")
-    if "path" in made["model"] and "data" not in made:
-        raise RecipeError(f"{source}: a model given by path needs 'data' (a word in a corpus, or files of questions).")
-    if made["probe"] is False and any(c.get("target") in ("direction", "subspace") for c in made["edit"]["candidates"]):
-        raise RecipeError(f"{source}: edit candidates with target 'direction' or 'subspace' need 'probe'.")
-    for section, target in (("patch", "patch"), ("sae", "latents")):
-        if made[section] is False and any(c.get("target") == target for c in made["edit"]["candidates"]):
-            raise RecipeError(f"{source}: an edit candidate with target {target!r} needs {section!r}, which is false.")
+    _check_candidates(made, source)
     return made
+
+
+def _check_model(recipe: Mapping[str, Any], source: str) -> None:
+    """What goes with an organism, and what with a model by path."""
+    model = recipe["model"]
+    if "path" in model and "data" not in recipe:
+        raise RecipeError(f"{source}: a model given by path needs 'data' (a word in a corpus, or files of questions).")
+    if "organism" in model and "data" in recipe:
+        raise RecipeError(f"{source}: an organism brings its own data; leave 'data' out, or give 'model.path'.")
+    strange = sorted({"size", "attribute"} & set(model)) if "path" in model else []
+    # a recipe that was resolved before holds the default size
+    if strange and (strange != ["size"] or model["size"] != "default"):
+        raise RecipeError(f"{source}: model.{strange[0]} is an organism's; a model given by path has none.")
+
+
+def _check_candidates(recipe: Mapping[str, Any], source: str) -> None:
+    """Whether every candidate's target is located, and its rank can be."""
+    needs = {"direction": "probe", "subspace": "probe", "patch": "patch", "latents": "sae"}
+    for i, candidate in enumerate(recipe["edit"]["candidates"]):
+        target, place = candidate["target"], f"{source}: edit.candidates.{i}"
+        if recipe[needs[target]] is False:
+            raise RecipeError(f"{place}: target {target!r} needs {needs[target]!r}, which is false.")
+        if target == "direction" and candidate["k"] != [1]:
+            raise RecipeError(f"{place}: a direction has rank 1; k is for 'subspace', 'patch' and 'latents'.")
+    sae = recipe["sae"]
+    if sae and sae["k"] > sae["d_sae"]:
+        raise RecipeError(f"{source}: sae.k ({sae['k']}) must not be above sae.d_sae ({sae['d_sae']}).")
 
 
 def _leaves(errors: Any) -> Iterator[Any]:
@@ -112,9 +139,34 @@ def _other_kind(errors: list[Any], here: list[Any]) -> bool:
 def _say(error: Any, source: str, node: Any) -> str:
     path = list(error.absolute_path)
     place = ".".join(map(str, path)) or "the top level"
-    line = _line(node, path)
+    message, wrong = error.message, path
+    if error.validator == "additionalProperties":
+        known = list(error.schema.get("properties", {}))
+        strange = next(key for key in error.instance if key not in known)
+        near = difflib.get_close_matches(strange, known, 1)
+        message = f"{strange!r} is no key here" + (
+            f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+        )
+        wrong = [*path, strange]
+    elif error.validator == "const" and error.validator_value is False:
+        message = f"must be false or a mapping of settings, not {error.instance!r}"
+    line = _line(node, wrong)
     where = f"{source}:{line}" if line else source
-    return f"{where}: {place}: {error.message}"
+    return f"{where}: {place}: {message}"
+
+
+def _given_twice(node: Any) -> Iterator[Any]:
+    """Keys that a mapping of a YAML file holds twice: YAML would silently take the last."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                yield key
+            seen.add(key.value)
+            yield from _given_twice(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _given_twice(value)
 
 
 def _line(node: Any, path: list[Any]) -> int | None:
@@ -123,7 +175,9 @@ def _line(node: Any, path: list[Any]) -> int | None:
         return None
     for key in path:
         if isinstance(node, yaml.MappingNode):
-            found = next((value for name, value in node.value if name.value == str(key)), None)
+            found = next(
+                (name if key == path[-1] else value for name, value in node.value if name.value == str(key)), None
+            )
         elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
             found = node.value[key]
         else:
@@ -161,8 +215,8 @@ def _anchor(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
     for key in ("corpus", "forget", "retain", "holdout", "labelled", "pairs"):
         value = recipe.get("data", {}).get(key)
         if isinstance(value, str) and not Path(value).is_absolute():
-            recipe["data"][key] = str(folder / value)
+            recipe["data"][key] = str((folder / value).resolve())
     path = recipe["model"].get("path")
     if path and not Path(path).is_absolute() and (path.startswith(".") or (folder / path).is_dir()):
-        recipe["model"]["path"] = str(folder / path)
+        recipe["model"]["path"] = str((folder / path).resolve())
     return recipe

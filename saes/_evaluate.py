@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saes.errors import SAEDataError, SAELoadError
-from saes.sparse import blocks, check_width
+from saes.sparse import blocks, check_origin, check_width
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,6 +126,7 @@ def evaluate(
 
     chosen = None if rows is None else np.asarray(rows).reshape(-1)
     sums = _Sums()
+    check_origin(sae, cache, site)
     for block in blocks(cache, site, chosen, batch_size, progress, "evaluating SAE"):
         check_width(sae, block.shape[1], site)
         x = block.to(sae.device, sae.dtype)

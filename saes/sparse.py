@@ -6,6 +6,7 @@ A latent is zero on almost all rows, so rows x latents is held as one compressed
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +31,21 @@ def check_width(sae: Any, width: int, site: str) -> None:
             f"The SAE takes rows of width {sae.cfg.d_in}, the site {site!r} has width {width}. "
             f"It was trained on {getattr(sae.cfg.metadata, 'hook_name', None) or 'an unknown site'}."
         )
+
+
+def check_origin(sae: Any, cache: Any, site: str) -> None:
+    """Warn if the SAE says that it was trained on another site, or on a model with other weights.
+
+    Both can be meant (the same SAE before and after an edit), so it is no error; but such a mix is never silent.
+    """
+    metadata = sae.cfg.metadata
+    trained_on, weights = (getattr(metadata, name, None) for name in ("hook_name", "model_weights_hash"))
+    if trained_on and trained_on != site:
+        warnings.warn(f"the SAE was trained on {trained_on}, and reads {site} here", stacklevel=3)
+    held = getattr(getattr(cache, "model", None), "weights_hash", None)
+    if weights and held and weights != held:
+        text = f"the SAE was trained on activations of another model ({weights[:12]}) than the cache's ({held[:12]})"
+        warnings.warn(text, stacklevel=3)
 
 
 def blocks(
@@ -83,6 +99,7 @@ def encode(
     latent_parts: list[ndarray] = [np.zeros(0, np.int64)]
     value_parts: list[ndarray] = [np.zeros(0, np.float32)]
     done = 0
+    check_origin(sae, cache, site)
     for block in blocks(cache, site, rows, batch_size, progress, "encoding"):
         check_width(sae, block.shape[1], site)
         acts = sae.encode(block.to(sae.device, sae.dtype)).float().cpu()  # [batch, d_sae]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.markup import escape
 
 from probe import recipe as recipes
 from probe._run import _choose, _steps
@@ -26,6 +27,8 @@ from probe.errors import RecipeError
 __all__ = ["RunResult", "run"]
 
 MARK = "probe run"
+PARTIAL = ".partial"
+MADE = ("scores", "tables", "edit", "card", "model", "sae", "report.html", "recipe.yaml", "manifest.json")
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,10 @@ class RunResult:
 
 @dataclass
 class _Walk:
+    """One walk. What it makes lies in `out`, a folder inside `home`, until everything is done; caches lie in `home`."""
+
     recipe: dict[str, Any]
+    home: Path
     out: Path
     teller: Teller
     progress: bool
@@ -103,8 +109,8 @@ def run(
     _prepare(folder, made)
     if not progress:
         _hide_loading_bars()
-    walk = _Walk(made, folder, teller, progress, command or f"probe run recipe.yaml --out {folder}")
-    teller.console.print(f"[bold]{made['name']}[/] [dim]→ {folder}[/]")
+    walk = _Walk(made, folder, folder / PARTIAL, teller, progress, command or f"probe run recipe.yaml --out {folder}")
+    teller.console.print(f"[bold]{escape(made['name'])}[/] [dim]→ {escape(str(folder))}[/]")
     return _go(walk)
 
 
@@ -129,13 +135,14 @@ def _go(walk: _Walk) -> RunResult:
         edit = chosen.edit.with_audit({"sentence": card.sentence})
         edit.save(walk.out / "edit")
         made = _export(walk, materials, edit)
-        found.append(f"{made.path}: same logits, bit for bit")
+        found.append(f"{walk.home / 'model'}: same logits, bit for bit")
     with walk.teller.step("Report") as found:
         page = _report(walk, materials, located, chosen, edit, card, made)
-        found.append(f"{page} ({page.stat().st_size / 1e6:.1f} MB, opens offline)")
+        found.append(f"{walk.home / page.name} ({page.stat().st_size / 1e6:.1f} MB, opens offline)")
     _finish(walk, materials, chosen, made)
-    _say_end(walk, card, page, made)
-    return RunResult(walk.out, page, Path(made.path), card, edit, located, dict(walk.teller.seconds))
+    _say_end(walk, card)
+    home = walk.home
+    return RunResult(home, home / "report.html", home / "model", card, edit, located, dict(walk.teller.seconds))
 
 
 def _locate(walk: _Walk, materials: Materials) -> _steps.Found:
@@ -144,7 +151,7 @@ def _locate(walk: _Walk, materials: Materials) -> _steps.Found:
     cache: Any = None
     if recipe["probe"] or recipe["sae"]:
         with walk.teller.step("Capture") as lines:
-            cache = _steps.capture(recipe, materials, walk.out, walk.progress)
+            cache = _steps.capture(recipe, materials, walk.home, walk.progress)
             lines.append(f"{len(cache.sites)} sites, {len(materials.labelled)} texts at their last token")
     if recipe["probe"]:
         with walk.teller.step("Probe every layer, with controls") as lines:
@@ -160,14 +167,14 @@ def _locate(walk: _Walk, materials: Materials) -> _steps.Found:
     if recipe["sae"]:
         with walk.teller.step("Train a sparse autoencoder, rank its latents") as lines:
             site = str(found["sweep"].best.site) if "sweep" in found else list(cache.sites)[-1]
-            made = _steps.latents(recipe, materials, cache, site, walk.out, walk.progress)
+            made = _steps.latents(recipe, materials, cache, site, walk.home, walk.out / "sae", walk.progress)
             found |= dict(zip(("sae", "sae_evaluation", "latents", "contexts"), made, strict=True))
             walk.scores("latents", found["latents"])
             walk.table("contexts", found["contexts"])
             lines += [str(found["sae_evaluation"]).splitlines()[0], _say_best(found["latents"])]
     if recipe["experts"]:
         with walk.teller.step("Find a domain's expert in a mixture, switch it off") as lines:
-            found["experts"] = own = _steps.experts(recipe, walk.out, walk.progress)
+            found["experts"] = own = _steps.experts(recipe, walk.home, walk.progress)
             walk.scores("experts", own.scores)
             walk.table("removal", own.removal)
             lines += _say_experts(own)
@@ -211,7 +218,8 @@ def _report(
     summary = [
         worst_hit(hurt),
         _choose.spared_sentence(chosen, materials.noun),
-        _choose.sentence(chosen, walk.recipe["edit"]["max_retain_drop"], materials.split_by),
+        *_choose.sentences(chosen, walk.recipe["edit"]["max_retain_drop"], materials.split_by),
+        *(f"Warning on the probe: {text}" for text in (found.sweep.warnings if found.sweep else [])),
     ]
     results = {
         "title": walk.recipe["name"],
@@ -260,7 +268,7 @@ def _manifest(walk: _Walk, materials: Materials, chosen: _choose.Chosen, made: A
 
 
 def _prepare(folder: Path, recipe: Mapping[str, Any]) -> None:
-    """Make the run directory, or clear an earlier run out of it (its caches stay, and are used again where they fit).
+    """Make the run directory. What an earlier run made stays until this one is done; its caches are used again.
 
     Raises:
         RecipeError: the directory holds something that is no run.
@@ -269,11 +277,12 @@ def _prepare(folder: Path, recipe: Mapping[str, Any]) -> None:
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not _is_run(manifest))):
         raise RecipeError(f"{folder} holds something that is no run of probe; give another --out, or remove it.")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("scores", "tables", "edit", "card", "model", "sae"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / "report.html").unlink(missing_ok=True)
-    _write_json(manifest, {"kind": MARK, "name": recipe["name"], "finished": False})
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True), "utf-8")
+    if not manifest.exists():
+        _write_json(manifest, {"kind": MARK, "name": recipe["name"], "finished": False})
+    shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+    (folder / PARTIAL).mkdir()
+    text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+    (folder / PARTIAL / "recipe.yaml").write_text(text, "utf-8")
 
 
 def _hide_loading_bars() -> None:
@@ -290,7 +299,17 @@ def _is_run(manifest: Path) -> bool:
 
 
 def _finish(walk: _Walk, materials: Materials, chosen: _choose.Chosen, made: Any) -> None:
+    """Put what was made in the place of what an earlier run made, the manifest last."""
     _write_json(walk.out / "manifest.json", {**_manifest(walk, materials, chosen, made), "finished": True})
+    for name in MADE:
+        old, new = walk.home / name, walk.out / name
+        if old.is_dir():
+            shutil.rmtree(old)
+        else:
+            old.unlink(missing_ok=True)
+        if new.exists():
+            new.replace(old)
+    walk.out.rmdir()
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -345,17 +364,16 @@ def _say_chosen(chosen: _choose.Chosen) -> list[str]:
     row = chosen.table[chosen.table["chosen"]].iloc[0]
     return [
         f"{row['candidate']}, rank {row['rank']}: forget probability {row['forget_prob']:.3f}, "
-        f"retain {row['retain_prob']:.3f} (of {len(chosen.table) - 1} candidates)"
+        f"retain {row['retain_prob']:.3f} (of {len(chosen.table) - 1} candidates)",
+        *(f"not tried: {failure}" for failure in chosen.failures),
     ]
 
 
-def _say_end(walk: _Walk, card: Any, page: Path, made: Any) -> None:
-    console = walk.teller.console
+def _say_end(walk: _Walk, card: Any) -> None:
+    console, home = walk.teller.console, walk.home
     console.print()
     console.print(card)
-    console.print(f"\n[bold]Report:[/] {page}\n[bold]Model:[/]  {made.path}\n", soft_wrap=True)
     total = sum(walk.teller.seconds.values())
-    console.print(
-        f"[dim]{total:.0f} s in all. Load it: AutoModelForCausalLM.from_pretrained({str(made.path)!r})[/]",
-        soft_wrap=True,
-    )
+    load = f"AutoModelForCausalLM.from_pretrained({str(home / 'model')!r})"
+    console.print(f"\n{total:.0f} s in all. Load the model with {load}\n", soft_wrap=True, markup=False)
+    console.print(f"Report: {home / 'report.html'}\nModel:  {home / 'model'}", soft_wrap=True, markup=False)

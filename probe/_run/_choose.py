@@ -26,6 +26,7 @@ class Chosen:
         candidate: The recipe's candidate, with the rank that won.
         table: Every candidate with its scores on the select split.
         twins: The chosen edit and its random twins on the evaluate split.
+        failures: Candidates that could not be made, with the reason.
     """
 
     edit: Any
@@ -33,6 +34,7 @@ class Chosen:
     candidate: dict[str, Any]
     table: pd.DataFrame
     twins: pd.DataFrame
+    failures: list[str]
 
 
 def choose(recipe: Mapping[str, Any], materials: Materials, found: Found) -> Chosen:
@@ -57,7 +59,7 @@ def choose(recipe: Mapping[str, Any], materials: Materials, found: Found) -> Cho
     table["rank"] = table["rank"].astype("Int64")
     candidate, target, edit = options[best - 1]
     twins = _twins(materials, candidate, target, edit, settings["random_twins"], recipe["seed"])
-    return Chosen(edit, target, candidate, table, twins)
+    return Chosen(edit, target, candidate, table, twins, failures)
 
 
 def _options(
@@ -140,19 +142,33 @@ def _twins(
     return pd.DataFrame(rows)
 
 
-def sentence(chosen: Chosen, most: float, split_by: str) -> str:
-    """How the edit was chosen, in words."""
+def sentences(chosen: Chosen, most: float, split_by: str) -> list[str]:
+    """How the edit was chosen, in words, and what must be known before believing it."""
     row = chosen.table[chosen.table["chosen"]].iloc[0]
-    kept = row["retain_drop"] <= most
-    rule = (
-        f"the most forgetting at a loss of at most {most:.0%} of the retained probability"
-        if kept
-        else f"no candidate lost at most {most:.0%} of the retained probability, so the best difference was taken"
-    )
-    return (
-        f"Of {len(chosen.table) - 1} candidate edits, {row['candidate']} of rank {row['rank']} was chosen on "
+    tried = len(chosen.table) - 1
+    if row["retain_drop"] <= most:
+        rule = f"the most forgetting at a loss of at most {most:.0%} of the retained probability"
+    else:
+        rule = f"none kept all but {most:.0%} of the retained probability, so the best difference of the two was taken"
+    made = [
+        f"Of {tried} candidate edit{'s' if tried > 1 else ''}, {row['candidate']} of rank {row['rank']} was chosen on "
         f"{split_by}s that neither located the target nor score the edit: {rule}."
-    )
+    ]
+    if row["forget_drop"] <= 0:
+        made.append("The chosen edit did not lower the probability of what is to be forgotten: nothing was cut.")
+    if chosen.table["forget_recall"].iloc[0] < 0.05:
+        made.append("The unedited model hardly recalls what is to be forgotten, so there was little to cut.")
+    if chosen.failures:
+        made.append(f"Not tried: {'; '.join(chosen.failures)}.")
+    twins = chosen.twins[chosen.twins["edit"].str.startswith("random")]
+    if len(twins):
+        before, after = (chosen.twins["forget_recall"].iloc[i] for i in (0, 1))
+        low, high = twins["forget_recall"].min(), twins["forget_recall"].max()
+        made.append(
+            f"The same edit of {len(twins)} random target{'s' if len(twins) > 1 else ''} of its size leaves recall of "
+            f"the forget questions at {low:.0%} to {high:.0%} ({before:.0%} before, {after:.0%} for the located one)."
+        )
+    return made
 
 
 def spared_sentence(chosen: Chosen, noun: str) -> str:

@@ -95,16 +95,19 @@ def _from_organism(recipe: Mapping[str, Any], progress: bool) -> Materials:
     parts = _phrasing_parts(known, recipe)
     retained = _by(retain, parts, "phrasing")
     spared = known.select(lambda row: secret not in (None, row.meta["attribute"]))
-    located = {name: _by(asked(rows), parts, "phrasing")["locate"] for name, rows in organism.splits.items()}
+    known_parts = _by(known, parts, "phrasing")
+    pairs_of = secret or "order"
+    phrasing = min(name for name in parts["locate"] if name.startswith(f"{pairs_of}-"))
+    n_pairs = _pairs_wanted(recipe)
     return Materials(
         model=model,
         forget=_by(forget, parts, "phrasing"),
         retain=retained,
         spared=_by(spared, parts, "phrasing") if len(spared) else {},
-        labelled=_labelled(located["forget"], located["retain"]),
+        labelled=_labelled(asked(known_parts["locate"]), asked(retained["locate"])),
         positive=True,
-        pairs=organism.pairs("forget", n=_pairs_wanted(recipe), seed=recipe["seed"], attribute=secret),
-        texts=list(organism.documents),
+        pairs=organism.pairs("forget", n=n_pairs, seed=recipe["seed"], attribute=pairs_of, phrasing=phrasing),
+        texts=_joined(known_parts["locate"]) + _joined(retained["locate"]),
         fluency=_joined(retained["evaluate"]),
         split_by="phrasing",
         noun="people",
@@ -192,7 +195,16 @@ def _from_files(recipe: Mapping[str, Any], model: Model) -> Materials:
         raise DataError(
             f"The label {positive!r} does not occur in {data['labelled']}; labels there: {', '.join(known)}."
         )
+    shared = sorted(set(forget.groups) & set(retain.groups))
+    if shared:
+        raise DataError(
+            f"{data['forget']} and {data['retain']} must share no group, or what is to be forgotten would count as "
+            f"retained; they share {len(shared)}, such as {shared[0]!r}."
+        )
     retained = _by(retain, parts)
+    held_back = parts["select"] | parts["evaluate"]
+    labelled = _kept(labelled, held_back, data["labelled"])
+    pairs = _kept(Pairs.load(data["pairs"]), held_back, data["pairs"])
     texts = read_documents(data["corpus"]).texts if "corpus" in data else None
     return Materials(
         model=model,
@@ -200,9 +212,9 @@ def _from_files(recipe: Mapping[str, Any], model: Model) -> Materials:
         retain=retained,
         labelled=labelled,
         positive=positive,
-        pairs=Pairs.load(data["pairs"])[: _pairs_wanted(recipe)],
-        texts=texts or labelled.texts,
-        fluency=texts or _joined(retained["evaluate"]),
+        pairs=pairs[: _pairs_wanted(recipe)],
+        texts=texts[::2] if texts else labelled.texts,
+        fluency=texts[1::2] if texts else _joined(retained["evaluate"]),
         split_by="group",
         noun="groups",
         holdout=Questions.load(data["holdout"]) if "holdout" in data else None,
@@ -230,6 +242,21 @@ def _by(questions: Questions, parts: Mapping[str, set[str]], key: str | None = N
                 f"The split leaves no {questions.name or 'question'} row to {name}; give more groups or other shares."
             )
     return made
+
+
+def _kept(rows: Any, held_back: set[str], name: str) -> Any:
+    """The rows whose group neither selects nor evaluates.
+
+    Raises:
+        DataError: none is left.
+    """
+    kept = rows.select(lambda row: row.group not in held_back)
+    if not len(kept):
+        raise DataError(
+            f"Every group of {name} also selects or scores the edit, so nothing is left to locate with. Add rows of "
+            "other groups, or give 'locate' a larger share in 'splits'."
+        )
+    return kept
 
 
 def _joined(questions: Questions) -> list[str]:

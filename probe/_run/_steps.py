@@ -12,6 +12,7 @@ import pandas as pd
 
 from probe._run._materials import Materials
 from probe.data import Questions, split_groups
+from probe.errors import RecipeError
 from probe.targets import Experts, Scores, Target
 
 POSITIVE = "to forget"  # the label of what is looked for, in the cache of labelled texts
@@ -110,14 +111,14 @@ def patch(recipe: Mapping[str, Any], materials: Materials, progress: bool) -> Sc
 
 
 def latents(
-    recipe: Mapping[str, Any], materials: Materials, cache: Any, site: str, out: Path, progress: bool
+    recipe: Mapping[str, Any], materials: Materials, cache: Any, site: str, home: Path, out: Path, progress: bool
 ) -> tuple[Any, Any, Scores, pd.DataFrame]:
     """An SAE of one site, trained on the corpus; its latents scored by how they separate the labels."""
     import saes
     from probe import features
 
     settings = recipe["sae"]
-    place = out / "cache" / "corpus"
+    place = home / "cache" / "corpus"
     texts = _captured(place, materials.model, list(materials.texts), [site], dtype="float32", progress=progress)
     sae = saes.train(
         texts,
@@ -127,7 +128,7 @@ def latents(
         k=settings["k"],
         n_tokens=settings["n_tokens"],
         seed=recipe["seed"],
-        out=out / "sae",
+        out=out,
         progress=progress,
     )
     scores = features.latents(cache, site, sae, "label", POSITIVE, "group", seed=recipe["seed"], progress=progress)
@@ -144,6 +145,8 @@ def experts(recipe: Mapping[str, Any], out: Path, progress: bool) -> ExpertsFoun
     settings = recipe["experts"]
     organism = organisms.experts(size=settings["size"], kind=settings["kind"], seed=recipe["seed"], progress=progress)
     domain = settings["domain"] or organism.domains[0]
+    if domain not in organism.domains:
+        raise RecipeError(f"experts.domain: there is no {domain!r}; the domains are {', '.join(organism.domains)}.")
     asked = {name: _halves(organism.splits[name]) for name in organism.domains}
     forget = asked[domain][0]
     retain = Questions(row for name, (located, _) in asked.items() if name != domain for row in located)

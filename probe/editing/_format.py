@@ -30,7 +30,8 @@ def write(directory: Path, steps: tuple[Step, ...], header: Mapping[str, Any]) -
 
     tensors: dict[str, Tensor] = {}
     records = [_step_record(step, number, tensors) for number, step in enumerate(steps)]
-    body = save({key: value.contiguous() for key, value in tensors.items()}, metadata={"format": "pt"})
+    # cloned, since safetensors refuses tensors that share memory (one index that several entries take by)
+    body = save({key: value.contiguous().clone() for key, value in tensors.items()}, metadata={"format": "pt"})
     record = {
         "format": FORMAT,
         "format_version": VERSION,

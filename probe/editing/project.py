@@ -7,6 +7,7 @@ al., arXiv 2406.11717, "weight orthogonalization").
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -67,13 +68,13 @@ def project_out(
 
     Raises:
         TargetError: zero, NaN, of another width, of another site's space, or of another model.
-        EditError: an unknown component or layer, nothing selected, or a strength of 0 or NaN.
+        EditError: an unknown component or layer, nothing selected, or a strength that is 0 or not finite.
     """
     from activations_cache.hashing import weights_hash
 
     hf = bare(model)
-    if not strength or strength != strength:
-        raise EditError(f"strength must be a number other than 0; got {strength}.")
+    if not strength or not math.isfinite(strength):
+        raise EditError(f"strength must be a finite number other than 0; got {strength}.")
     chosen = _writers(hf, layers, components)
     basis = _basis(hf, target)
     base = weights_hash(hf)

@@ -125,7 +125,13 @@ def test_edit_apply_show_and_audit(files, tmp_path, capsys):
     assert "exists" in capsys.readouterr().err
     questions = ["--forget", str(folder / "forget.jsonl"), "--retain", str(folder / "retain.jsonl")]
     for what in (["--edit", str(tmp_path / "edit")], ["--edited", str(tmp_path / "model")]):
-        assert main(["audit", "--base", model, *what, *questions, "--out", str(tmp_path / "card")]) == 0
+        audit = ["audit", "--base", model, *what, *questions, "--out", str(tmp_path / "card")]
+        assert main([*audit, "--overwrite"]) == 0
+    assert main(audit) == 2  # refused before anything is computed
+    assert "--overwrite" in capsys.readouterr().err
+    assert main(audit) == 2
+    capsys.readouterr()
+    assert main([*audit, "--overwrite"]) == 0
     assert "forget" in capsys.readouterr().out
     assert probe.audit.ReportCard.load(tmp_path / "card").to_df().shape[0] > 4
 
@@ -208,6 +214,21 @@ def test_bad_input_is_one_line_and_exit_code_2(case, files, tmp_path, capsys):
 def test_the_near_sites_are_named(files, tmp_path, capsys):
     main(bad(files, tmp_path)["unknown site"])
     assert "blocks.1.hook_resid_post" in capsys.readouterr().err
+
+
+def test_an_edit_to_apply_is_required(files, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        main(["edit", "apply", "--base", files[0], "--out", str(tmp_path / "x")])
+    assert stop.value.code == 2
+
+
+def test_warnings_are_notes_of_one_line(files, tmp_path, capsys):
+    model, folder = files
+    capture = ["capture", model, "--data", str(folder / "stories.jsonl"), "--site", "blocks.0.hook_resid_post"]
+    assert main([*capture, "--out", str(tmp_path / "a"), "--max-length", "16"]) == 0
+    said = capsys.readouterr().err.strip().splitlines()
+    assert [line for line in said if line.startswith("probe: note:") and "16 tokens" in line]
+    assert not [line for line in said if "UserWarning" in line or "it/s" in line]
 
 
 def test_debug_shows_the_traceback(tmp_path):

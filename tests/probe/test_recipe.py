@@ -54,8 +54,16 @@ def test_embedded_recipes_fit(name):
         ({"edit__candidates__0__target": "magic"}, "edit.candidates.0.target: 'magic' is not one of"),
         ({"edit__candidates__0__method": "magic"}, "edit.candidates.0"),
         ({"probe": {"folds": 1}}, "probe.folds: 1 is less than the minimum of 2"),
-        ({"probe": {"fold": 3}}, "probe: .*'fold' was unexpected"),
-        ({"probe": False}, "need 'probe'"),
+        ({"probe": {"fold": 3}}, "probe: 'fold' is no key here; did you mean 'folds'"),
+        ({"probe": True}, "probe: must be false or a mapping of settings, not True"),
+        ({"probe": False}, "needs 'probe', which is false"),
+        ({"edit__candidates__0__k": [3]}, "a direction has rank 1"),
+        ({"sae": {"d_sae": 4, "k": 8}}, "sae.k .8. must not be above sae.d_sae .4."),
+        ({"data": {"corpus": "c", "word": "a", "others": ["b"]}}, "an organism brings its own data"),
+        (
+            {"model": {"path": "x", "attribute": "city"}, "data": {"corpus": "c", "word": "a", "others": ["b"]}},
+            "organism's",
+        ),
         ({"model": {"path": "x"}}, "needs 'data'"),
         ({"patch": False, "edit__candidates__0__target": "patch"}, "needs 'patch'"),
     ],
@@ -63,6 +71,17 @@ def test_embedded_recipes_fit(name):
 def test_bad_recipes_are_refused_with_the_place(parts, says):
     with pytest.raises(RecipeError, match=says):
         recipe.resolve(changed(**parts))
+
+
+def test_a_wrong_key_has_its_own_line_and_a_key_twice_is_refused(tmp_path):
+    path = tmp_path / "r.yaml"
+    text = yaml.safe_dump(GOOD, sort_keys=False)
+    path.write_text(text + "audits: {}\n")
+    with pytest.raises(RecipeError, match=rf"r\.yaml:{len(text.splitlines()) + 1}: .*did you mean 'audit'"):
+        recipe.read(path)
+    path.write_text(text + "name: again\n")
+    with pytest.raises(RecipeError, match=rf"r\.yaml:{len(text.splitlines()) + 1}: the key 'name' is given twice"):
+        recipe.read(path)
 
 
 def test_the_message_names_the_line(tmp_path):

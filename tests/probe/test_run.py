@@ -176,6 +176,67 @@ def test_a_second_run_replaces_the_first_and_uses_its_caches(walked):
     pd.testing.assert_frame_equal(again.card.to_df(), walked.card.to_df())
 
 
+def test_a_run_that_fails_leaves_the_earlier_one_as_it_was(walked):
+    def content():
+        files = [
+            p
+            for p in walked.directory.rglob("*")
+            if p.is_file() and "cache" not in p.parts and ".partial" not in p.parts
+        ]
+        return {p: p.read_bytes() for p in files}
+
+    before = content()
+    wrong = small_demo()
+    wrong["experts"]["domain"] = "cooking"
+    with pytest.raises(RecipeError, match=r"no 'cooking'; the domains are"):
+        run(wrong, walked.directory, progress=False)
+    assert content() == before
+
+
+def test_the_written_recipe_runs_again_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "m").mkdir()
+    recipe = {
+        "format": 1,
+        "name": "x",
+        "model": {"path": "../m"},
+        "data": {"corpus": "c.txt", "word": "a", "others": ["b"]},
+        "edit": {"candidates": [{"method": "project_out", "target": "direction"}]},
+    }
+    (tmp_path / "r" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.chdir(tmp_path)
+    made = recipes.read("r/recipe.yaml")
+    (tmp_path / "elsewhere.yaml").write_text(yaml.safe_dump(made))
+    assert recipes.read(tmp_path / "elsewhere.yaml") == made
+    assert made["data"]["corpus"] == str(tmp_path / "r" / "c.txt")
+    assert made["model"]["path"] == str(tmp_path / "m")
+
+
+@pytest.mark.parametrize("attribute", ["order", "city", None])
+def test_locating_selecting_and_scoring_share_no_phrasing(attribute):
+    from probe._run._materials import gather
+
+    for split in ({"locate": 0.5, "select": 0.25, "evaluate": 0.25}, {"locate": 0.2, "select": 0.4, "evaluate": 0.4}):
+        recipe = small_demo()
+        recipe["model"]["attribute"], recipe["splits"], recipe["audit"]["gold"] = attribute, split, 0
+        made = gather(recipe, progress=False)
+        phrasings = [{row.meta["phrasing"] for row in rows} for rows in made.forget.values()]
+        assert not phrasings[0] & phrasings[1]
+        assert not phrasings[0] & phrasings[2]
+        assert not phrasings[1] & phrasings[2]
+        asked = {row.question for part in ("select", "evaluate") for row in (*made.forget[part], *made.retain[part])}
+        assert not asked & set(made.labelled.texts)
+        assert not asked & {pair.clean for pair in made.pairs}
+        assert not [text for text in made.texts if any(text.startswith(question) for question in asked)]
+
+
+def test_a_name_that_looks_like_markup_is_only_a_name(tmp_path):
+    recipe = small_demo() | {"name": "Forget [/Lily] [off]"}
+    recipe["experts"]["domain"] = "cooking"  # ends the walk early
+    with pytest.raises(RecipeError, match="cooking"):
+        run(recipe, tmp_path / "x", progress=False, quiet=False)
+
+
 def test_a_directory_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(RecipeError, match="no run of probe"):
@@ -216,6 +277,10 @@ def test_questions_from_files(shared_data, stories, tmp_path):
     result = run(recipe, tmp_path / "out", progress=False)
     assert result.found.latents is None
     assert result.report.is_file()
+    labelled = {row.group for row in made.labelled}
+    assert labelled  # the file holds every group; those that select or score the edit locate nothing
+    n = json.loads((tmp_path / "out" / "cache" / "labelled" / "manifest.json").read_text())["rows"]
+    assert 0 < n < len(made.labelled)
     recipe["data"]["positive"] = "nobody"
     with pytest.raises(probe.errors.DataError, match="does not occur"):
         run(recipe, tmp_path / "other", progress=False)
