@@ -99,13 +99,14 @@ def score_answers(
         model: Anything with `.hf` and `.tokenizer`.
         questions: Questions, rows with `.question` and `.answer` (and `.id`, `.group`), or (question, answer) tuples.
         batch_size: Rows per forward.
-        bos: Whether a BOS token comes first; None leaves it to the tokenizer.
+        bos: Whether a BOS token comes first; None leaves it to the tokenizer, or with `chat` to the template.
         chat: Put the question into the tokenizer's chat template; the answer then follows the generation prompt.
         device: Where inputs are put; None is the model's own device.
         progress: Show a bar over the batches.
 
     Raises:
-        DataError: No rows, an answer without tokens, nothing before an answer, a row longer than the context.
+        DataError: No rows, an answer without tokens, nothing before an answer, a row longer than the context, BOS or
+            chat asked of a tokenizer that has none.
         ProbeError: Logits that are not finite.
     """
     rows = [_fields(row, i) for i, row in enumerate(questions)]
@@ -134,7 +135,8 @@ def answer_tokens(
     Tokenizers without character offsets (slow ones) fall back to the common prefix of the question's own tokens.
 
     Raises:
-        DataError: No tokenizer, an answer without tokens, nothing before an answer, a row longer than the context.
+        DataError: No tokenizer, an answer without tokens, nothing before an answer, a row longer than the context, BOS
+            or chat asked of a tokenizer that has none.
     """
     if model.tokenizer is None:
         raise DataError("answers are read as tokens; this model has no tokenizer: pass one to probe.models.wrap")
@@ -170,11 +172,15 @@ def _answer_tokens(
 ) -> AnswerTokens:
     prefix, special = question, True
     if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise DataError(
+                "chat=True, but this tokenizer has no chat template; pass chat=False or set its chat_template"
+            )
         message = [{"role": "user", "content": question}]
         prefix, special = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False), False
     full = prefix + answer if chat else f"{prefix} {answer}"
     ids, start = _boundary(tokenizer, prefix, full, special)
-    if special and bos is not None:
+    if bos is not None:
         ids, start = _with_bos(tokenizer, ids, start, bos)
     if start >= len(ids) or not answer.strip():
         raise DataError(f"the answer {answer!r} to {question!r} has no tokens; every answer needs at least one")

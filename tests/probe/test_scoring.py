@@ -178,6 +178,35 @@ def test_chat_puts_the_question_into_the_template():
     assert "works" in model.tokenizer.decode(row.input_ids[: row.start])
 
 
+CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %} works?{% endif %}"
+
+
+@pytest.mark.parametrize("template", [CHAT, "<s>" + CHAT])
+def test_chat_heeds_bos_as_tokens_does(template):
+    model = make_model("metaspace")
+    model.tokenizer.chat_template = template
+    whole = probe_wrap(model)
+    for bos in (None, True, False):
+        (row,) = answer_tokens(model, [("Anna Bell", "the old mill")], chat=True, bos=bos)
+        question = whole.tokens("Anna Bell", chat=True, bos=bos)["input_ids"][0].tolist()
+        assert list(row.input_ids[: row.start]) == question
+        assert row.input_ids.count(model.tokenizer.bos_token_id) == (template[0] == "<" if bos is None else bos)
+        assert model.tokenizer.decode(row.input_ids[row.start :]).strip() == "the old mill"
+    scores = [score_answers(model, [("Anna Bell", "mill")], chat=True, bos=bos).logprob_sum[0] for bos in (True, False)]
+    assert scores[0] != scores[1]
+
+
+def probe_wrap(model):
+    from probe.models import wrap
+
+    return wrap(model.hf, model.tokenizer)
+
+
+def test_chat_without_a_template_is_an_error():
+    with pytest.raises(DataError, match="no chat template"):
+        answer_tokens(make_model("bytes"), [("Anna", "Bell")], chat=True)
+
+
 def test_dropout_is_off_and_the_mode_comes_back():
     model = make_model("bytes")
     model.hf.train()
