@@ -112,7 +112,7 @@ class Model:
             texts: One text or several.
             bos: True puts exactly one beginning-of-sequence token in front, False none, None what the tokenizer does.
             chat: Wrap each text as a user turn in the tokenizer's chat template.
-            max_length: Longest sequence allowed, in tokens; default the model's context.
+            max_length: Longest sequence allowed, in tokens: from 1 to the model's context, which is the default.
             overflow: `"error"`, or `"truncate"` to cut longer texts.
             padding_side: `"right"` or `"left"`.
             device: Where the tensors go; default the model's device.
@@ -122,14 +122,18 @@ class Model:
             models with absolute positions would count the padding.
 
         Raises:
-            DataError: no tokenizer, no text, an empty text, or one longer than `max_length`.
+            DataError: no tokenizer, no text, an empty text, one longer than `max_length`, or a `max_length` that is not
+                from 1 to the context.
         """
         from activations_cache.documents import read_documents, tokenize
 
         if self.tokenizer is None:
             raise DataError("This model has no tokenizer; pass one to probe.models.wrap, or give token ids.")
         documents = read_documents([texts] if isinstance(texts, str) else list(texts))
-        limit = max_length or self.dims.n_ctx
+        n_ctx = self.dims.n_ctx
+        limit = n_ctx if max_length is None else max_length
+        if not 1 <= limit <= n_ctx:
+            raise DataError(f"max_length must be from 1 to the model's context of {n_ctx} tokens; got {max_length}.")
         made = tokenize(self.tokenizer, documents, max_length=limit, bos=bos, chat=chat, overflow=overflow)
         return pad(made.input_ids, self.pad_id, padding_side, device or self.device)
 
@@ -153,12 +157,16 @@ class Model:
 
         Args:
             prompts: One prompt or several.
-            max_new_tokens: Longest continuation, in tokens.
+            max_new_tokens: Longest continuation, in tokens; with the prompt's tokens at most the model's context.
             bos: As in `tokens`.
             chat: As in `tokens`.
             batch_size: Prompts a batch.
             seed: For sampling.
             **settings: Passed to `transformers`' `generate`.
+
+        Raises:
+            DataError: a prompt that with `max_new_tokens` is longer than the context, no new token asked for, or what
+                `tokens` refuses.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         made: list[str] = []
@@ -167,11 +175,22 @@ class Model:
             for start in range(0, len(prompts), batch_size):
                 batch = self.tokens(prompts[start : start + batch_size], bos=bos, chat=chat, padding_side="left")
                 width = batch["input_ids"].shape[1]
+                self._check_room(width, max_new_tokens)
                 batch.pop("position_ids", None)  # generate derives them from the mask
                 settings.setdefault("do_sample", False)
                 out = self.hf.generate(**batch, max_new_tokens=max_new_tokens, pad_token_id=self.pad_id, **settings)
                 made += self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
         return made
+
+    def _check_room(self, width: int, max_new_tokens: int) -> None:
+        n_ctx = self.dims.n_ctx
+        if max_new_tokens < 1:
+            raise DataError(f"max_new_tokens must be at least 1; got {max_new_tokens}.")
+        if width + max_new_tokens > n_ctx:
+            raise DataError(
+                f"The longest prompt has {width} tokens; with max_new_tokens={max_new_tokens} that makes "
+                f"{width + max_new_tokens}, and the model's context is {n_ctx}. Shorten the prompt or ask for fewer."
+            )
 
     def _facts(self) -> dict[str, Any]:
         dims = self.dims

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import probe
+from activations_cache.errors import DataError as ActivationsDataError
 from probe.errors import DataError, LoadError
 from probe.models import pad, token_strings, wrap
 
@@ -145,6 +146,37 @@ def test_too_long_a_text_is_an_error_or_cut_by_choice(stories):
     with pytest.raises(Exception, match="512"):
         stories.tokens(long)
     assert stories.tokens(long, overflow="truncate")["input_ids"].shape[1] == 512
+
+
+def worded(make=gpt2):
+    from tests.probe.tiny import word_tokenizer
+
+    return wrap(make(), word_tokenizer())
+
+
+@pytest.mark.parametrize("length", [0, -1, 33])
+def test_a_length_that_no_sequence_can_have_is_refused(length):
+    with pytest.raises(DataError, match=rf"from 1 to the model's context of 32 tokens; got {length}"):
+        worded().tokens("the old city", max_length=length, overflow="truncate")
+
+
+def test_a_length_up_to_the_context_is_heeded():
+    model = worded()
+    assert model.tokens("the old city", max_length=1, overflow="truncate")["input_ids"].shape == (1, 1)
+    assert model.tokens("the " * 31, max_length=32)["input_ids"].shape == (1, 32)
+    with pytest.raises(ActivationsDataError, match="3 are allowed"):
+        model.tokens("the old city", max_length=3)
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_generating_beyond_the_context_is_refused_with_the_numbers(make):
+    model = worded(make)
+    prompts = ["the old city", "the " * 9]  # 4 and 10 tokens with BOS
+    assert len(model.generate(prompts, max_new_tokens=22)) == 2
+    with pytest.raises(DataError, match=r"10 tokens; with max_new_tokens=23 that makes 33, .* context is 32"):
+        model.generate(prompts, max_new_tokens=23)
+    with pytest.raises(DataError, match="at least 1; got 0"):
+        model.generate(prompts, max_new_tokens=0)
 
 
 @pytest.fixture
