@@ -288,8 +288,8 @@ def _removal_by_set(table: pd.DataFrame) -> pd.DataFrame:
 
 def _candidates_section(table: pd.DataFrame) -> Section:
     text = (
-        "Settings were chosen on groups that neither located the target nor score the edit. Chosen is the candidate "
-        "that forgets most among those that keep enough."
+        "Settings were chosen on the select split. Chosen is the candidate that forgets most among those that keep "
+        "enough."
     )
     first = [name for name in ("candidate", "rank", "chosen") if name in table.columns]
     table = table[[*first, *(name for name in table.columns if name not in first)]]
@@ -328,8 +328,8 @@ def _audit_section(card: ReportCard) -> Section:
     table = card.wide()
     text = [
         *card.sentences.values(),
-        "Change is edited minus original on the same resampled groups. In brackets: 95 % intervals; for gold, the "
-        "lowest and the highest of its seeds.",
+        "Change is edited minus original on the same resampled groups; of shares, in percentage points (pts). In "
+        "brackets: 95 % intervals, or why there is none; for gold, the lowest and the highest of its seeds.",
     ]
     return Section("Original, edited and gold", "\n\n".join(text), figures, table, part="audit")
 

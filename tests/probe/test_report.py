@@ -226,6 +226,12 @@ def test_an_edit_is_shown_tensor_by_tensor():
     assert set(section.table["parameter"]) == set(edit.parameters)
 
 
+def test_the_candidates_text_claims_no_split_by_groups():
+    (section,) = sections({"candidates": pd.DataFrame({"candidate": ["a"], "chosen": [True]})})
+    assert section.text.startswith("Settings were chosen on the select split. Chosen is")
+    assert "groups" not in section.text
+
+
 def test_removal_is_shown_as_one_row_a_set_and_measure():
     rows = [("intact", "law", 1.0), ("removed", "law", 0.0), ("random", "law", 0.9), ("random", "law", 1.0)]
     (section,) = sections({"removal": pd.DataFrame(rows, columns=["arm", "set", "recall"])})
