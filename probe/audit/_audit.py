@@ -52,12 +52,15 @@ def audit(
     - recall: share of questions of which every answer token is the argmax under teacher forcing;
     - KL at the answers' positions, mean over positions, in nats: KL(original‖model), KL(gold‖model) and KL(model‖gold),
       on forget and retain. Gold against gold is the floor, the original against gold the ceiling;
-    - perplexity: exp(mean loss per token in nats) on the corpus, long texts in windows of the context's length.
+    - perplexity: exp(mean loss per token in nats) on the corpus, long texts in windows of the context's length. Every
+      window after a text's first begins with the text's next token, without BOS; no window's first token is predicted,
+      and neither is a special token that the tokenizer appends.
 
-    Intervals are 95 % percentile bootstraps over groups (people; texts for perplexity). Where every group has recall 0,
-    or every group 1, a bootstrap has no width and the interval is Clopper and Pearson's over groups. Changes are
-    paired: the same resampled groups before and after. Gold is shown with the lowest and the highest of its seeds. With
-    one group there is no interval (NaN).
+    Intervals are 95 % percentile bootstraps over groups (people; texts for perplexity). Where every group has the same
+    recall a bootstrap has no width, and the interval is Clopper and Pearson's with the groups as n, which is
+    conservative. Changes are paired: the same resampled groups before and after. A recall that changed by as much in
+    every group has no interval of its change (NaN), and neither has anything with one group; the column `interval` says
+    which. Gold is shown with the lowest and the highest of its seeds.
 
     Args:
         model: The original.
@@ -71,8 +74,9 @@ def audit(
         gold: Models trained without the forget set. One after the other is used, so a generator may load them.
         corpus: Texts for perplexity.
         people: What a group is, in the plural, for the sentence.
-        bos: Whether questions begin with a BOS token; None leaves it to the tokenizer.
-        chat: Put questions into the tokenizer's chat template.
+        bos: Whether questions, and the texts of the corpus, begin with a BOS token; None leaves it to the tokenizer
+            (with `chat`, for questions to the template).
+        chat: Put questions into the tokenizer's chat template. The corpus is never put into it: it is ordinary text.
         batch_size: Rows per forward.
         n_boot: Bootstrap replicates.
         seed: Of the bootstrap, and of the choice of questions for KL where not all fit.
@@ -81,7 +85,8 @@ def audit(
         progress: Show a bar.
 
     Raises:
-        DataError: An empty set, sets that share people, phrasings that are not unseen, a corpus without tokens.
+        DataError: A set that is no `Questions`, an empty set, sets that share people, phrasings that are not unseen, a
+            corpus without tokens.
         AuditError: A model with another vocabulary, logits that are not finite, no model in `gold`, an unusable edit.
         BaseMismatchError: The edit was made for another model.
     """
@@ -142,6 +147,11 @@ def _checked_sets(
         if name not in sets:
             raise DataError(f"an audit needs a {name} set; received None")
     for name, rows in sets.items():
+        if not isinstance(rows, Questions):
+            raise DataError(
+                f"{name} must be probe.data.Questions; received {type(rows).__name__}: "
+                "make them with Questions.from_rows (of dictionaries) or Questions.load (of a file)"
+            )
         if len(rows) == 0:
             raise DataError(f"the {name} set is empty; give at least one question, or None for a set that there is not")
     for one, other in combinations(sets, 2):

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from probe.audit._rows import COLUMNS
-from probe.audit._words import METRICS, SETS, cell, records, sentences
+from probe.audit._words import METRICS, SETS, cell, counted, records, sentences
 from probe.errors import AuditError
 from probe.plots import before_after_bars, distance_bars
 
@@ -31,7 +31,8 @@ class ReportCard:
     Attributes:
         table: A row per set, metric and model: `value`, its interval `low` to `high`, on how many (`n`, `n_of`,
             `n_groups`) it rests, its `unit`, and what the interval is (`interval`). Models are `original`, `edited`,
-            `change` (edited minus original, paired), `gold 1`, ... and `gold` (mean, lowest and highest of them).
+            `change` (edited minus original, paired; of shares as a fraction, shown in percentage points), `gold 1`, ...
+            and `gold` (mean, lowest and highest of them).
         settings: Model, edit, sizes of the sets, seed and bootstrap.
         not_measured: What this audit says nothing about.
         answers: A row per set, model and question: which facts went and which stayed.
@@ -83,7 +84,7 @@ class ReportCard:
             shown = {model: cells.get(key, "–") for key, model in _MODELS.items() if self._has(key)}
             n = part[~part["model"].isin(["gold"])]["n"].max()
             of = part.loc[~part["model"].isin(["gold"]), "n_of"]
-            size = f"{int(n)} {of.iloc[0]}" if len(of) else ""
+            size = counted(n, of.iloc[0]) if len(of) else ""
             rows.append({"set": SETS.get(name, name), "metric": METRICS.get(metric, metric), **shown, "n": size})
         return pd.DataFrame(rows)
 

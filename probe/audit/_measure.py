@@ -25,7 +25,7 @@ _LOGITS = 2**27  # logits held at once when measuring perplexity (half a GiB in 
 
 @dataclass(frozen=True)
 class Settings:
-    """How forwards are made; `bos` and `chat` as in `probe.scoring.score_answers`."""
+    """How forwards are made; `bos` and `chat` as in `probe.scoring.score_answers`. The corpus heeds `bos` alone."""
 
     batch_size: int = 64
     bos: bool | None = None
@@ -93,7 +93,7 @@ def make_plan(
     d_vocab = int(model.hf.get_output_embeddings().weight.shape[0])
     limit = kl_bytes // (4 * d_vocab * len(KL_SETS))  # float32 answer tokens of one set
     kl_rows = {name: _fitting(tokens[name], limit, seed) for name in KL_SETS}
-    return Plan(sets, tokens, kl_rows, _windows(model, corpus), settings)
+    return Plan(sets, tokens, kl_rows, _windows(model, corpus, settings.bos), settings)
 
 
 def measure(model: Model, plan: Plan, name: str) -> Measured:
@@ -159,20 +159,38 @@ def _stacked(rows: Sequence[AnswerTokens], kept: Mapping[tuple[int, ...], Tensor
     return LogProbs(torch.cat(parts), [g for g, part in zip(groups, parts, strict=True) for _ in range(len(part))])
 
 
-def _windows(model: Model, corpus: Iterable[str] | None) -> list[list[list[int]]]:
-    """Per text its token ids in windows no longer than the context; windows of one token predict nothing and go."""
+def _windows(model: Model, corpus: Iterable[str] | None, bos: bool | None) -> list[list[list[int]]]:
+    """Per text its token ids in windows no longer than the context; windows of one token predict nothing and go.
+
+    `bos` decides how a text's first window begins. Its later windows begin with the text's next token, whatever `bos`
+    is; that token is read and not predicted.
+    """
     if corpus is None:
         return []
     texts = [corpus] if isinstance(corpus, str) else list(corpus)
     if not texts or not all(isinstance(text, str) for text in texts):
         raise DataError("corpus must be an iterable of texts with at least one; received none, or something else")
     size = int(getattr(model.hf.config.get_text_config(), "max_position_embeddings", 0) or 1024)
-    encoded = [list(model.tokenizer(text, truncation=False, verbose=False)["input_ids"]) for text in texts]
+    encoded = [_text_ids(model.tokenizer, text, bos) for text in texts]
     cut = [[ids[i : i + size] for i in range(0, len(ids), size) if len(ids) > i + 1] for ids in encoded]
     cut = [windows for windows in cut if windows]
     if not cut:
         raise DataError("corpus must have a text of at least two tokens; none has")
     return cut
+
+
+def _text_ids(tokenizer: Any, text: str, bos: bool | None) -> list[int]:
+    """A text's ids, `bos` as in `activations_cache.tokenize`, without what a tokenizer appends: no text to predict."""
+    if bos and tokenizer.bos_token_id is None:
+        raise DataError("bos=True needs a tokenizer with a BOS token; this one has none: pass bos=None or bos=False")
+    plain = list(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
+    if not plain:
+        return []
+    if bos is not None:
+        return [tokenizer.bos_token_id, *plain] if bos else plain
+    ids = list(tokenizer(text, truncation=False, verbose=False)["input_ids"])
+    ends = (i for i in range(len(plain), len(ids) + 1) if ids[i - len(plain) : i] == plain)
+    return ids[: next(ends, len(ids))]
 
 
 @torch.no_grad()

@@ -11,12 +11,14 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from scipy.special import betaincinv
 from torch import Tensor
 
 from probe.audit._measure import KL_SETS, LogProbs, Measured
 
 COLUMNS = ("set", "metric", "model", "value", "low", "high", "n", "unit", "n_of", "n_groups", "interval")
 UNITS = {"recall": "share of answers exact", "probability": "probability per token", "perplexity": ""}
+_ROUNDING = 1e-12  # shares of groups that differ by less are the same
 _KL_CELLS = 2**24  # log-probabilities that a KL takes at a time, in float64
 
 
@@ -28,7 +30,8 @@ class Ratio:
         top: Numerator per group.
         bottom: Denominator per group: questions, or tokens.
         function: Applied to the ratio: exp for perplexity.
-        share: Whether it is a share of yes or no answers, whose interval has no width at 0 and 1 unless made exact.
+        share: Whether it is a share of yes or no answers; a bootstrap of shares that are the same in every group has
+            no width, which would be read as certainty.
     """
 
     top: Float[np.ndarray, " group"]
@@ -40,6 +43,11 @@ class Ratio:
     def value(self) -> float:
         return float(self.function(self.top.sum() / self.bottom.sum()))
 
+    @property
+    def alike(self) -> bool:
+        """Whether this is a share, and the same in every group."""
+        return self.share and _same(self.top / self.bottom)
+
     def draws(self, n_boot: int, seed: int) -> Float[np.ndarray, " boot"]:
         """The ratio in every bootstrap replicate: groups drawn with replacement, alike for every model."""
         n = len(self.top)
@@ -48,15 +56,29 @@ class Ratio:
         return draws
 
     def interval(self, n_boot: int, seed: int) -> tuple[float, float]:
-        """95 %; NaN with one group, exact over groups where a share is 0 or 1 in each of them."""
+        """95 %; NaN with one group, Clopper and Pearson's over groups where a share is the same in each of them."""
         n = len(self.top)
         if n < 2:
             return np.nan, np.nan
-        if self.share and self.value in (0.0, 1.0):
-            width = 1 - 0.025 ** (1 / n)  # Clopper and Pearson's interval for 0 of n
-            return (0.0, width) if self.value == 0 else (1 - width, 1.0)
+        if self.alike:
+            return _clopper_pearson(n * self.value, n)
         low, high = np.quantile(self.draws(n_boot, seed), [0.025, 0.975])
         return float(low), float(high)
+
+
+def _same(values: Float[np.ndarray, " group"]) -> bool:
+    return bool(np.ptp(values) < _ROUNDING)
+
+
+def _clopper_pearson(hits: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share of `n`; `hits` may be a fraction.
+
+    Quantiles of Beta(hits, n - hits + 1) and Beta(hits + 1, n - hits) (Clopper and Pearson 1934). For groups whose
+    shares are alike it is conservative: no distribution on [0, 1] spreads more about its mean than yes and no do.
+    """
+    low = betaincinv(hits, n - hits + 1, 0.025) if hits > 0 else 0.0
+    high = betaincinv(hits + 1, n - hits, 0.975) if hits < n else 1.0
+    return float(low), float(high)
 
 
 def by_group(
@@ -175,21 +197,26 @@ def _side_by_side(
 
 def _bootstrapped(ratio: Ratio, common: dict[str, str], n_boot: int, seed: int, people: str) -> dict[str, Any]:
     low, high = ratio.interval(n_boot, seed)
-    exact = ratio.share and ratio.value in (0.0, 1.0)
-    how = "none: one group" if np.isnan(low) else f"95 %, {'exact' if exact else 'bootstrap'} over {people}"
+    how = f"95 %, Clopper-Pearson over {people}, all alike" if ratio.alike else f"95 %, bootstrap over {people}"
+    how = "none: one group" if np.isnan(low) else how
     numbers = {"value": ratio.value, "low": low, "high": high, "n": int(ratio.bottom.sum())}
     return {**common, **numbers, "n_groups": len(ratio.top), "interval": how}
 
 
 def _change(before: Ratio, after: Ratio, common: dict[str, str], n_boot: int, seed: int, people: str) -> dict[str, Any]:
-    """Edited minus original, with the interval of the paired difference."""
+    """Edited minus original, with the interval of the paired difference; none where a share changed alike in all."""
     low = high = np.nan
-    if len(before.top) > 1:
+    n = len(before.top)
+    if n < 2:
+        how = "none: one group"
+    elif before.share and _same(after.top / after.bottom - before.top / before.bottom):
+        how = f"none: all {n} {people} changed alike"
+    else:
         draws = after.draws(n_boot, seed) - before.draws(n_boot, seed)
         low, high = (float(end) for end in np.quantile(draws, [0.025, 0.975]))
-    how = "none: one group" if np.isnan(low) else f"95 %, paired bootstrap over {people}"
+        how = f"95 %, paired bootstrap over {people}"
     numbers = {"value": after.value - before.value, "low": low, "high": high, "n": int(before.bottom.sum())}
-    return {**common, **numbers, "model": "change", "n_groups": len(before.top), "interval": how}
+    return {**common, **numbers, "model": "change", "n_groups": n, "interval": how}
 
 
 def _spread(values: Sequence[float], common: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ METRICS = {
     "kl_model_gold": "KL(model‖gold), nats",
 }
 _SHARES = ("recall", "probability")
+_IRREGULAR = {"people": "person", "children": "child", "women": "woman", "men": "man", "series": "series"}
 _UNDECIDED = "whether it removed the knowledge or only suppresses it"
 
 Row = Mapping[str, Any]
@@ -54,17 +55,34 @@ def records(table: Any) -> list[dict[str, Any]]:
 def cell(row: Row) -> str:
     """A value with its interval, as a table shows it."""
     value = number(row["value"], row["metric"], signed=row["model"] == "change")
-    return f"{value}{_interval(row).replace(' to ', ', ')}"
+    return f"{value} [none: all alike]" if _alike(row) else f"{value}{_interval(row).replace(' to ', ', ')}"
 
 
 def number(value: float, metric: str, signed: bool = False) -> str:
-    """A share in per cent, anything else to three digits."""
+    """A share in per cent, anything else to three digits. A change (`signed`) of a share is in percentage points."""
     if np.isnan(value):
         return "not known"
     sign = "+" if signed and value > 0 else ""
     if metric in _SHARES:
-        return f"{sign}{_plain(100 * value)} %"
+        return f"{sign}{_plain(100 * value)} {'pts' if signed else '%'}"
     return f"{sign}{_plain(value)}"
+
+
+def counted(n: float, plural: str) -> str:
+    """`8 people`, `1 person`."""
+    return f"{int(n)} {singular(plural) if n == 1 else plural}"
+
+
+def singular(plural: str) -> str:
+    """One of what an English plural names."""
+    start, space, last = plural.rpartition(" ")
+    if last in _IRREGULAR:
+        one = _IRREGULAR[last]
+    elif last.endswith("ies"):
+        one = f"{last[:-3]}y"
+    else:
+        one = last[:-2] if last.endswith(("sses", "xes", "ches", "shes")) else last.removesuffix("s")
+    return f"{start}{space}{one}"
 
 
 def _plain(value: float) -> str:
@@ -85,8 +103,31 @@ def _interval(row: Row) -> str:
     if np.isnan(low) or np.isnan(high):
         return ""
     signed = row["model"] == "change"
-    ends = [number(end, row["metric"], signed).removesuffix(" %") for end in (low, high)]
+    ends = [_bare(number(end, row["metric"], signed)) for end in (low, high)]
     return f" [{ends[0]} to {ends[1]}]"
+
+
+def _bare(text: str) -> str:
+    """A number without its unit."""
+    return text.removesuffix(" %").removesuffix(" pts")
+
+
+def _by(change: Row) -> str:
+    """`-50 [-100 to 0] points`."""
+    text = f"{_bare(number(change['value'], change['metric'], signed=True))}{_interval(change)}"
+    return f"{text} points" if change["metric"] in _SHARES else text
+
+
+def _alike(row: Row) -> bool:
+    """Whether a change has no interval because it is the same in every group."""
+    return str(row["interval"]).startswith("none: all")
+
+
+def _decided(change: Row) -> bool:
+    """Whether a change is other than none: in every group alike, or by an interval without zero."""
+    if _alike(change):
+        return bool(change["value"] != 0)
+    return bool(change["low"] > 0 or change["high"] < 0)  # neither with NaN
 
 
 class _Words:
@@ -100,28 +141,35 @@ class _Words:
         if not self.edited:
             row = self.rows["forget", "recall", "original"]
             return f"No edit was made: recall of {who} is {self._full(row)}{self._gold_beside('forget')}."
-        return f"The edit {self._changed('forget', 'recall', f'recall of {who}')}{self._gold_beside('forget')}."
+        changed = self._changed("forget", "recall", f"recall of {who}")
+        return f"{changed}{self._gold_beside('forget')}.{self._finer('forget')}"
 
     def recall_of(self, name: str) -> str:
         """One sentence on a further set; empty if it was not measured."""
         if (name, "recall", "original") not in self.rows:
             return ""
+        one = self.rows[name, "recall", "original"]["n_groups"] == 1
+        who = singular(self.people) if one else self.people
         about = {
-            "unseen": f"recall of the same {self.people} in phrasings never trained on",
+            "unseen": f"recall of the same {who} in phrasings never trained on",
             "retain": f"recall of {self._who('retain', 'retained')}",
-            "unseen_retain": f"recall of retained {self.people} in phrasings never trained on",
+            "unseen_retain": f"recall of the retained {who} in phrasings never trained on",
         }[name]
         if not self.edited:
             row = self.rows[name, "recall", "original"]
             return f"{about[0].upper()}{about[1:]} is {self._full(row)}{self._gold_beside(name)}."
-        return f"It {self._changed(name, 'recall', about)}{self._gold_beside(name)}."
+        return f"{self._changed(name, 'recall', about)}{self._gold_beside(name)}.{self._finer(name)}"
 
     def holdout(self) -> str:
-        model = "edited" if self.edited else "original"
-        row = self.rows.get(("holdout", "recall", model))
+        """Chance is the original's: the edited model's recall of strangers is an effect of the edit."""
+        row, edited = (self.rows.get(("holdout", "recall", model)) for model in ("original", "edited"))
         if row is None:
             return ""
-        return f"Chance, as recall of {self._who('holdout', 'holdout')} never trained on, is {self._full(row)}."
+        who = self._who("holdout", "holdout")
+        text = f"Chance, as the original's recall of {who} never trained on, is {self._full(row)}"
+        if edited is not None and edited["value"] != row["value"]:
+            text += f"; the edited model has {self._short(edited)}"
+        return f"{text}."
 
     def perplexity(self) -> str:
         before = self.rows.get(("corpus", "perplexity", "original"))
@@ -129,7 +177,7 @@ class _Words:
             return ""
         if not self.edited:
             return f"Perplexity on the corpus is {self._full(before)}."
-        return f"It {self._changed('corpus', 'perplexity', 'perplexity on the corpus')}."
+        return f"{self._changed('corpus', 'perplexity', 'perplexity on the corpus')}."
 
     def distance(self) -> str:
         """KL to gold on the forget prompts, between floor and ceiling; to the original where there is no gold."""
@@ -153,21 +201,44 @@ class _Words:
 
     def _who(self, name: str, which: str) -> str:
         n = self.rows[name, "recall", "original"]["n_groups"]
-        return f"the {int(n)} {which} {self.people}"
+        return f"the {counted(n, f'{which} {self.people}')}"
 
     def _changed(self, name: str, metric: str, what: str) -> str:
-        """`lowered recall ... from 100 % to 3 % [1 to 6] (n = 160 questions)`; direction only if the change has one."""
+        """`The edit lowered recall ... from 100 % to 3 % [1 to 6] (n = ...)`; a direction only if the change has one.
+
+        An interval of the change that holds zero is not called "no change": it cannot tell.
+        """
         before, after = self.rows[name, metric, "original"], self.rows[name, metric, "edited"]
         change = self.rows[name, metric, "change"]
-        start, end = number(before["value"], metric), number(after["value"], metric)
-        span = f"from {start} to {end}{_interval(after)} ({self._n(after)})"
-        if change["value"] == 0:
-            return f"left {what} at {end}{_interval(after)} ({self._n(after)})"
-        if np.isnan(change["low"]):
-            return f"moved {what} {span}, with one group and so no interval"
-        if change["low"] <= 0 <= change["high"]:
-            return f"did not measurably change {what}: {start} before, {end}{_interval(after)} after ({self._n(after)})"
-        return f"{'lowered' if change['value'] < 0 else 'raised'} {what} {span}"
+        start, end = number(before["value"], metric), f"{number(after['value'], metric)}{_interval(after)}"
+        n = self._n(after)
+        span = f"from {start} to {end} ({n})"
+        wide = change["low"] < change["high"]
+        if change["value"] == 0 and not wide:
+            return f"The edit left {what} at {end} ({n})"
+        if np.isnan(change["low"]) and not _alike(change):
+            return f"The edit moved {what} {span}, with one group and so no interval"
+        if not _decided(change):
+            both = f"{start} before, {end} after, change {_by(change)} ({n})"
+            return f"The change of {what} cannot be told from none: {both}"
+        text = f"The edit {'lowered' if change['value'] < 0 else 'raised'} {what} {span}"
+        everyone = f", alike in all {int(change['n_groups'])} {self.people}, so that the change has no interval"
+        return f"{text}{everyone}" if _alike(change) else text
+
+    def _finer(self, name: str) -> str:
+        """What a more sensitive metric shows where recall shows no change, or none for certain."""
+        if _decided(self.rows[name, "recall", "change"]):
+            return ""
+        change = self.rows.get((name, "probability", "change"))
+        if change is not None and _decided(change):
+            before, after = (self.rows[name, "probability", model] for model in ("original", "edited"))
+            span = f"from {number(before['value'], 'probability')} to {self._short(after)}"
+            verb = "fell" if change["value"] < 0 else "rose"
+            return f" The probability of these answers {verb} {span}, change {_by(change)}."
+        kl = self.rows.get((name, "kl_original_model", "edited"))
+        if name == "forget" or kl is None or not kl["low"] > 0:  # of forget, the sentence on distance speaks
+            return ""
+        return f" At these answers KL(original‖edited) is {self._short(kl)} nats per answer token; without a change, 0."
 
     def _gold_beside(self, name: str) -> str:
         row = self.rows.get((name, "recall", "gold"))
@@ -189,4 +260,4 @@ class _Words:
         return f"{number(row['value'], row['metric'])}{_interval(row)}"
 
     def _n(self, row: Row) -> str:
-        return f"n = {int(row['n'])} {row['n_of']}"
+        return f"n = {counted(row['n'], row['n_of'])}"

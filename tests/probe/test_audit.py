@@ -16,8 +16,9 @@ from rich.console import Console
 from scipy.stats import binomtest, entropy
 
 from probe.audit import ReportCard, audit
-from probe.audit._rows import COLUMNS, by_group, kl
-from probe.audit._words import number, sentences
+from probe.audit._measure import _windows
+from probe.audit._rows import COLUMNS, answer_rows, by_group, kl, to_table
+from probe.audit._words import cell, number, sentences, singular
 from probe.data import Questions
 from probe.errors import AuditError, BaseMismatchError, DataError
 from probe.models import Model, wrap
@@ -230,7 +231,11 @@ def test_an_edit_that_changes_nothing_has_kl_exactly_zero_and_change_exactly_zer
     assert card.value("retain", "kl_original_model") == 0
     changes = card.table[card.table.model == "change"]
     assert len(changes) == 4
-    assert (changes[["value", "low", "high"]] == 0).all(axis=None)
+    assert (changes.value == 0).all()
+    assert (changes.query("metric == 'probability'")[["low", "high"]] == 0).all(axis=None)
+    recall = changes.query("metric == 'recall'")
+    assert recall[["low", "high"]].isna().all(axis=None)
+    assert list(recall.interval) == ["none: all 2 people changed alike", "none: all 4 people changed alike"]
     assert "left recall of the 2 forgotten people at 100 %" in card.sentence
 
 
@@ -309,6 +314,47 @@ def test_bos_is_put_in_front_when_asked(trained, sets):
     assert card.value("forget", "probability", "original") == pytest.approx(np.mean(found), abs=1e-6)
 
 
+def with_special_tokens(model: Model, template: str) -> Model:
+    from tokenizers import processors
+
+    tokenizer = make_tokenizer()
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 1), ("<unk>", 0)]
+    )
+    return wrap(model.hf, tokenizer)
+
+
+@pytest.mark.parametrize("template", ["$A", "<s> $A", "<s> $A <unk>"])
+@pytest.mark.parametrize("bos", [None, True, False])
+def test_perplexity_reads_a_bos_token_exactly_when_questions_do(trained, sets, template, bos):
+    """Against transformers' own loss; a token that the tokenizer appends is neither read nor predicted."""
+    model = with_special_tokens(trained.model, template)
+    front = [1] if bos or (bos is None and template.startswith("<s>")) else []
+    total, count = 0.0, 0
+    for text in CORPUS:
+        ids = front + make_tokenizer()(text)["input_ids"]
+        for start in range(0, len(ids), 16):
+            window = torch.tensor([ids[start : start + 16]])
+            with torch.no_grad():
+                loss = trained.model.hf(input_ids=window, labels=window).loss
+            total, count = total + float(loss) * (window.shape[1] - 1), count + window.shape[1] - 1
+    card = audit(model, None, sets["forget"], sets["retain"], corpus=CORPUS, bos=bos, n_boot=10, progress=False)
+    assert card.value("corpus", "perplexity", "original") == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert card.table.query("set == 'corpus' and model == 'original'").n.item() == count
+
+
+def test_windows_after_the_first_begin_with_the_texts_next_token(trained):
+    words = trained.model.tokenizer("home is where ann does live in rome . " * 5)["input_ids"]
+    (windows,) = _windows(trained.model, ["home is where ann does live in rome . " * 5], bos=True)
+    assert windows[0] == [1, *words[:15]]
+    assert windows[1] == words[15:31]
+    assert _windows(trained.model, ["home is", ""], bos=None) == [[words[:2]]]
+    bare = make_tokenizer()
+    bare.bos_token = None
+    with pytest.raises(DataError, match="BOS"):
+        _windows(wrap(trained.model.hf, bare), ["home is"], bos=True)
+
+
 def test_without_an_edit_the_card_has_the_original_and_gold_alone(trained, sets):
     card = audit(trained.model, None, sets["forget"], sets["retain"], gold=trained.gold[:1], n_boot=10, progress=False)
     assert set(card.table.model) == {"original", "gold 1", "gold"}
@@ -357,6 +403,50 @@ def test_a_share_at_its_bound_has_the_exact_interval(n):
     assert everything.interval(10, 0) == pytest.approx((1 - exact.high, 1.0))
 
 
+@pytest.mark.parametrize(("hits", "n"), [(4, 5), (1, 2), (3, 8)])
+def test_a_share_that_is_the_same_in_every_group_has_a_width(hits, n):
+    groups = [str(group) for group in range(n) for _ in range(n)]
+    ratio = by_group(([1.0] * hits + [0.0] * (n - hits)) * n, groups, share=True)
+    exact = binomtest(hits, n).proportion_ci(0.95, method="exact")
+    assert ratio.interval(10, 0) == pytest.approx((exact.low, exact.high))
+    between = by_group([1.0, 0.0, 0.0] * 5, [str(i // 3) for i in range(15)], share=True)  # 5/3 of 5 groups
+    low, high = between.interval(10, 0)
+    ends = [binomtest(k, 5).proportion_ci(0.95, method="exact") for k in (1, 2)]
+    assert ends[0].low < low < ends[1].low < 1 / 3 < ends[0].high < high < ends[1].high
+
+
+def measured_by_hand(**exact) -> dict:
+    """Measurements of 5 people with 5 questions each, from a share of right answers per person and model."""
+    groups = tuple(f"p{i}" for i in range(5) for _ in range(5))
+
+    def scores(shares):
+        right = np.array([float(k < round(5 * share)) for share in shares for k in range(5)])
+        return SimpleNamespace(exact=right, prob=0.5 + right / 10, groups=groups)
+
+    return {model: SimpleNamespace(answers={"retain": scores(shares)}) for model, shares in exact.items()}
+
+
+def test_a_change_that_is_alike_in_every_group_has_no_interval_rather_than_one_without_width():
+    measured = measured_by_hand(original=[1.0] * 5, edited=[0.8] * 5)
+    table = to_table(answer_rows(measured, 100, 0, "people")).query("metric == 'recall'").set_index("model")
+    change = table.loc["change"]
+    assert change.value == pytest.approx(-0.2)
+    assert math.isnan(change.low) and math.isnan(change.high)
+    assert change.interval == "none: all 5 people changed alike"
+    assert cell({**change, "model": "change"}) == "-20 pts [none: all alike]"
+    assert table.loc["edited", "interval"] == "95 %, Clopper-Pearson over people, all alike"
+    exact = binomtest(4, 5).proportion_ci(0.95, method="exact")
+    assert [table.loc["edited", "low"], table.loc["edited", "high"]] == pytest.approx([exact.low, exact.high])
+
+
+def test_a_change_that_differs_between_groups_keeps_its_bootstrap():
+    measured = measured_by_hand(original=[1.0] * 5, edited=[0.8, 0.6, 0.8, 0.2, 1.0])
+    rows = to_table(answer_rows(measured, 100, 0, "people")).query("metric == 'recall'").set_index("model")
+    assert rows.loc["change", "low"] < rows.loc["change", "value"] < rows.loc["change", "high"] < 0
+    assert rows.loc["change", "interval"] == "95 %, paired bootstrap over people"
+    assert cell({**rows.loc["change"], "model": "change"}).startswith("-32 pts [-")
+
+
 def test_one_group_has_no_interval():
     assert all(math.isnan(end) for end in by_group([1.0, 0.0], ["a", "a"], share=True).interval(10, 0))
 
@@ -397,9 +487,9 @@ def test_the_sentence_of_a_case_worked_by_hand():
     assert " ".join(sentences(hand_table(), {"people": "people"}, ["relearning"]).values()) == (
         "The edit lowered recall of the 8 forgotten people from 100 % to 3.12 % [1.25 to 6.25] (n = 160 questions); "
         "2 models that never learned the forget set (gold) have 2 to 5 %. "
-        "It did not measurably change recall of the 52 retained people: 99 % before, 98.5 % [97 to 99.5] after "
-        "(n = 1040 questions). "
-        "It raised perplexity on the corpus from 5.1 to 5.31 [5.1 to 5.5] (n = 4000 tokens). "
+        "The change of recall of the 52 retained people cannot be told from none: 99 % before, 98.5 % [97 to 99.5] "
+        "after, change -0.5 [-1.2 to +0.2] points (n = 1040 questions). "
+        "The edit raised perplexity on the corpus from 5.1 to 5.31 [5.1 to 5.5] (n = 4000 tokens). "
         "On the forget prompts KL(gold‖edited) is 0.41 [0.3 to 0.52] nats per answer token, against 6.2 [5.9 to 6.4] "
         "before the edit and 0.12 [0.1 to 0.14] between the two golds. "
         "Not measured: relearning. "
@@ -412,6 +502,100 @@ def test_the_sentence_says_when_there_is_no_interval():
     text = " ".join(sentences(table, {}, []).values())
     assert "moved recall of the 8 forgotten people from 100 % to 3.12 % (n = 160 questions), with one group" in text
     assert "[" not in text
+
+
+def retained(recall=(0.5, 0.0, 1.0), change=(-0.5, -1.0, 0.0), how="95 %, paired bootstrap over groups", n_groups=4):
+    """The hand-made table with another recall of the retained, and with a probability that fell."""
+    table = hand_table()
+    table.loc[table.set == "retain", "n_groups"] = n_groups
+    for model, numbers in (("original", (1.0, 0.4, 1.0)), ("edited", recall), ("change", change)):
+        row = (table.set == "retain") & (table.model == model)
+        table.loc[row, ["value", "low", "high"]] = numbers
+    table.loc[(table.set == "retain") & (table.model == "change"), "interval"] = how
+    finer = table[table.set == "retain"].assign(metric="probability", interval="95 %, bootstrap over groups")
+    finer[["value", "low", "high"]] = [(0.981, 0.97, 0.99), (0.928, 0.9, 0.95), (-0.053, -0.08, -0.03)]
+    return pd.concat([table, finer], ignore_index=True)
+
+
+def test_an_undecided_change_is_not_called_none_and_the_finer_metric_is_heard():
+    text = sentences(retained(), {"people": "groups"}, [])["retain"]
+    assert text == (
+        "The change of recall of the 4 retained groups cannot be told from none: 100 % before, 50 % [0 to 100] after, "
+        "change -50 [-100 to 0] points (n = 1040 questions). "
+        "The probability of these answers fell from 98.1 % to 92.8 % [90 to 95], change -5.3 [-8 to -3] points."
+    )
+
+
+def test_recall_that_stayed_does_not_hide_a_probability_that_fell():
+    how = "none: all 4 groups changed alike"
+    table = retained((1.0, 0.4, 1.0), (0.0, math.nan, math.nan), how)
+    text = sentences(table, {"people": "groups"}, [])["retain"]
+    assert text.startswith(
+        "The edit left recall of the 4 retained groups at 100 % [40 to 100] (n = 1040 questions). The prob"
+    )
+    assert "fell from 98.1 % to 92.8 % [90 to 95]" in text
+
+
+def test_recall_of_no_net_change_with_an_interval_is_undecided_too():
+    text = sentences(retained((1.0, 0.4, 1.0), (0.0, -0.25, 0.25)), {"people": "groups"}, [])["retain"]
+    assert "left" not in text
+    assert "cannot be told from none: 100 % before, 100 % [40 to 100] after, change 0 [-25 to +25] points" in text
+
+
+def test_where_probability_is_undecided_the_divergence_is_heard():
+    table = retained()
+    table.loc[(table.metric == "probability") & (table.model == "change"), "high"] = 0.01
+    more = table[table.metric == "kl_gold_model"].iloc[[1]].assign(set="retain", metric="kl_original_model")
+    text = sentences(pd.concat([table, more]), {}, [])["retain"]
+    assert "probability" not in text
+    assert text.endswith("KL(original‖edited) is 0.41 [0.3 to 0.52] nats per answer token; without a change, 0.")
+
+
+def test_a_decided_change_of_recall_stands_alone_also_where_it_is_alike_in_all():
+    decided = sentences(retained(change=(-0.5, -0.7, -0.2)), {}, [])["retain"]
+    assert (
+        decided
+        == "The edit lowered recall of the 4 retained people from 100 % to 50 % [0 to 100] (n = 1040 questions)."
+    )
+    table = retained(change=(-0.5, math.nan, math.nan), how="none: all 4 people changed alike")
+    assert sentences(table, {}, [])["retain"] == (
+        "The edit lowered recall of the 4 retained people from 100 % to 50 % [0 to 100] (n = 1040 questions), alike "
+        "in all 4 people, so that the change has no interval."
+    )
+
+
+def test_chance_is_the_originals_and_an_edited_model_that_differs_is_named():
+    holdout = hand_table().iloc[:2].assign(set="holdout", value=[0.3, 0.325], low=[0.2, 0.21], high=[0.4, 0.41])
+    table = pd.concat([hand_table(), holdout])
+    assert sentences(table, {}, [])["holdout"] == (
+        "Chance, as the original's recall of the 8 holdout people never trained on, is 30 % [20 to 40] "
+        "(n = 160 questions); the edited model has 32.5 % [21 to 41]."
+    )
+    same = sentences(pd.concat([hand_table(), holdout.assign(value=0.3)]), {}, [])["holdout"]
+    assert same.endswith("is 30 % [20 to 40] (n = 160 questions).")
+
+
+@pytest.mark.parametrize(
+    ("plural", "one"),
+    [("people", "person"), ("groups", "group"), ("stories", "story"), ("young people", "young person"),
+     ("answer tokens", "answer token"), ("classes", "class")],
+)  # fmt: skip
+def test_one_of_many(plural, one):
+    assert singular(plural) == one
+
+
+def test_one_group_is_spoken_of_in_the_singular():
+    table = hand_table().assign(n_groups=1, n=1)
+    text = " ".join(sentences(table, {"people": "groups"}, []).values())
+    assert "the 1 forgotten group " in text
+    assert "the 1 retained group " in text
+    assert "(n = 1 question)" in text
+    assert "1 forgotten groups" not in text and "1 questions" not in text
+
+
+def test_a_change_of_a_share_is_in_points_and_a_change_of_perplexity_has_no_unit():
+    rows = hand_table().query("model == 'change'").to_dict("records")
+    assert [cell(row) for row in rows] == ["-96.9 pts [-99, -94]", "-0.5 pts [-1.2, +0.2]", "+0.21 [+0.1, +0.3]"]
 
 
 @pytest.mark.parametrize(
@@ -482,6 +666,8 @@ def test_which_questions_changed_can_be_read_from_the_answers(card, sets):
         ({"forget": Questions([])}, DataError, "forget set is empty"),
         ({"holdout": Questions([])}, DataError, "holdout set is empty"),
         ({"forget": None}, DataError, "needs a forget set"),
+        ({"retain": list(questions(RETAIN))}, DataError, "retain must be probe.data.Questions; received list"),
+        ({"holdout": questions(HOLDOUT).to_df()}, DataError, "received DataFrame: make them with Questions.from_rows"),
         ({"retain": questions(PEOPLE[1:5])}, DataError, "share no group; they share 1, such as 'bob'"),
         ({"holdout": questions(FORGET)}, DataError, "share no group"),
         (
