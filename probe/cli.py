@@ -78,7 +78,7 @@ def _in_flags(message: str) -> str:
 
 
 def _check_out(a: argparse.Namespace) -> None:
-    """Before anything is computed: an output that exists is refused where the command would write over it or into it."""
+    """Refuse, before anything is computed, an output that the command would write over or into."""
     from probe.errors import ProbeError
 
     if a.out.exists() and not a.out.is_dir():
@@ -186,6 +186,7 @@ def _add_capture(commands: Any) -> None:
         "--overflow", choices=("truncate", "error"), default="truncate", help="what to do with longer texts"
     )
     made.add_argument("--text-column", default="text", metavar="NAME")
+    made.add_argument("--columns", nargs="*", metavar="NAME", help="label columns to keep (default: all)")
     made.add_argument(
         "--bos", action=argparse.BooleanOptionalAction, help="beginning-of-sequence token (default: the tokenizer's)"
     )
@@ -368,7 +369,8 @@ def _capture(a: argparse.Namespace) -> int:
     cache = ac.capture(
         _load(a), a.data, a.site, a.out, positions=a.positions, dtype=a.dtype, batch_tokens=a.batch_tokens,
         shard_rows=a.shard_rows, max_length=a.max_length, overflow=a.overflow, text_column=a.text_column, bos=a.bos,
-        chat=a.chat, resume=not a.no_resume, progress=_bars(),
+        chat=a.chat, resume=not a.no_resume, columns=a.columns,
+        progress=_bars(),
     )  # fmt: skip
     print(cache.info())
     return 0
