@@ -198,7 +198,8 @@ def _best_sentence(scores: Scores) -> str:
     """The best component with its interval, its n, its controls and its twins."""
     row = {name: scores.table[name].iloc[scores.ranking()[0]] for name in scores.table.columns}  # keeps whole numbers
     unit = f" {scores.unit}" if scores.unit else ""
-    text = f"Of {len(scores)} {scores.kind}s tried, the best is {_place(scores.kind, row)}: "
+    what = "cells (layer by position)" if scores.kind == "position" else f"{scores.kind}s"
+    text = f"Of {len(scores)} {what} tried, the best is {_place(scores.kind, row)}: "
     text += f"{scores.score_name} {_number(row['score'])}{unit}{_span(row, 'low', 'high')}{_size(row)}."
     controls = []
     if not _unknown(row.get("control")):
