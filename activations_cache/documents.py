@@ -69,8 +69,9 @@ def read_documents(data: Any, text_column: str = "text") -> Documents:
 
     Args:
         data: A list of strings, of token-id lists or of row dicts; a path to a .txt (one document a line, blank lines
-            are none), .jsonl, .json (a list), .csv, .tsv or .parquet file; a pandas DataFrame; a Hugging Face dataset
-            (one split); anything with `.to_df()`; or `Documents`, returned as they are.
+            are none), .jsonl, .json (a list), .csv, .tsv or .parquet file, or to a directory that a Hugging Face
+            dataset's `save_to_disk` wrote; a pandas DataFrame; a Hugging Face dataset (one split); anything with
+            `.to_df()`; or `Documents`, returned as they are.
         text_column: The column that holds the text. A column `input_ids` takes its place where there is one.
 
     Returns:
@@ -83,7 +84,8 @@ def read_documents(data: Any, text_column: str = "text") -> Documents:
         return _checked(data, "data")
     if isinstance(data, str | Path):
         path = Path(data)
-        return _checked(_from_rows(_read_file(path, text_column), text_column, str(path)), str(path))
+        rows = _read_dataset(path) if path.is_dir() else _read_file(path, text_column)
+        return _checked(_from_rows(rows, text_column, str(path)), str(path))
     return _checked(_from_rows(_rows_of(data), text_column, "data"), "data")
 
 
@@ -103,6 +105,18 @@ def _rows_of(data: Any) -> list[Any]:
     if not isinstance(data, Iterable):
         raise DataError(f"data must be a list, a path, a DataFrame or a dataset; got {type(data).__name__}")
     return list(data)
+
+
+def _read_dataset(path: Path) -> list[Any]:
+    """The rows of a Hugging Face dataset that was written with `save_to_disk`."""
+    if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
+        raise DataError(f"{path} is a directory, but no Hugging Face dataset that was written with save_to_disk")
+    from datasets import load_from_disk
+
+    try:
+        return _rows_of(load_from_disk(str(path)))
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path} could not be read as a Hugging Face dataset: {error}") from error
 
 
 def _read_file(path: Path, text_column: str) -> list[Any]:

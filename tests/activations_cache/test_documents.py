@@ -281,3 +281,19 @@ def test_real_corpora_and_tokenizer(shared_data: Path):
     assert all(row[0] == tokenizer.bos_token_id and len(row) <= 64 for row in tokens.input_ids)
     text = (stories.texts or [""])[0]
     assert text.startswith(tokenizer.decode(tokens.input_ids[0], skip_special_tokens=True).strip()[:100])
+
+
+def test_a_saved_hugging_face_dataset_is_read(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    dataset = Dataset.from_list([{"text": "one", "label": 1}, {"text": "two", "label": 0}])
+    dataset.save_to_disk(tmp_path / "one")
+    made = read_documents(tmp_path / "one")
+    assert made.texts == ["one", "two"]
+    assert made.columns["label"] == [1, 0]
+    DatasetDict({"train": dataset}).save_to_disk(tmp_path / "many")
+    with pytest.raises(DataError, match="train"):
+        read_documents(tmp_path / "many")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="is a directory"):
+        read_documents(tmp_path / "none")
