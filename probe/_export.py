@@ -174,9 +174,12 @@ def _write(hf: Any, tokenizer: Any, folder: Path) -> str:
     """Save the model and its tokenizer; the weights hash, equal on disk and in memory."""
     from activations_cache.hashing import checkpoint_hash, weights_hash
 
-    hf.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    try:
+        hf.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    except ValueError as error:  # transformers refuses a generation configuration that contradicts itself, say
+        raise ExportError(f"transformers refuses to save this model: {' '.join(str(error).split())}") from error
     in_memory, on_disk = weights_hash(hf), checkpoint_hash(folder)
     if in_memory != on_disk:
         raise ExportError(

@@ -33,7 +33,9 @@ def _guarded(arguments: argparse.Namespace) -> int:
         command: Command = arguments.command
         return command(arguments)
     except KeyboardInterrupt:
-        print("probe: stopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)
+        print(
+            "probe: stopped; finished shards and trained models are kept, for the same command again", file=sys.stderr
+        )
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `probe ... | head` is no error

@@ -171,7 +171,8 @@ def _locate(walk: _Walk, materials: Materials) -> _steps.Found:
             found |= dict(zip(("sae", "sae_evaluation", "latents", "contexts"), made, strict=True))
             walk.scores("latents", found["latents"])
             walk.table("contexts", found["contexts"])
-            lines += [str(found["sae_evaluation"]).splitlines()[0], _say_best(found["latents"])]
+            held_out = str(found["sae_evaluation"]).splitlines()[0]
+            lines += [f"on texts that it was not trained on: {held_out}", _say_best(found["latents"])]
     if recipe["experts"]:
         with walk.teller.step("Find a domain's expert in a mixture, switch it off") as lines:
             found["experts"] = own = _steps.experts(recipe, walk.home, walk.progress)
@@ -213,7 +214,7 @@ def _report(
 ) -> Path:
     from probe._report import report
 
-    own = found.experts
+    own, sae = found.experts, found.sae_evaluation
     hurt = collateral(card, materials.retain["evaluate"])
     summary = [
         worst_hit(hurt),
@@ -233,7 +234,11 @@ def _report(
         "twins": chosen.twins,
         "edit": edit,
         "audit": card,
-        "tables": {"retained answers by what the edit cost them (the worst ten)": hurt.head(10), **materials.tables},
+        "tables": {
+            **({"the sparse autoencoder on texts that it was not trained on": sae.to_df()} if sae else {}),
+            "retained answers by what the edit cost them (the worst ten)": hurt.head(10),
+            **materials.tables,
+        },
         "summary": [text for text in summary if text],
         "manifest": _manifest(walk, materials, chosen, made),
         "recipe": (walk.out / "recipe.yaml").read_text("utf-8"),

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from jaxtyping import Bool
 
 from probe._run._materials import Materials
 from probe.data import Questions, split_groups
@@ -120,9 +122,11 @@ def latents(
     settings = recipe["sae"]
     place = home / "cache" / "corpus"
     texts = _captured(place, materials.model, list(materials.texts), [site], dtype="float32", progress=progress)
+    held_out = _held_out(texts, recipe["seed"])
     sae = saes.train(
         texts,
         site,
+        rows=~held_out,
         architecture=settings["architecture"],
         d_sae=settings["d_sae"],
         k=settings["k"],
@@ -134,7 +138,15 @@ def latents(
     scores = features.latents(cache, site, sae, "label", POSITIVE, "group", seed=recipe["seed"], progress=progress)
     top = [int(i) for i in scores.table["latent"].to_numpy()[scores.ranking()[:5]]]
     shown = features.contexts(texts, site, sae, top, n=3, tokenizer=materials.model.tokenizer)
-    return sae, saes.evaluate(sae, texts, site), scores, shown.to_df()
+    evaluation = saes.evaluate(sae, texts, site, rows=np.flatnonzero(held_out))
+    return sae, evaluation, scores, shown.to_df()
+
+
+def _held_out(cache: Any, seed: int, share: float = 0.1) -> Bool[np.ndarray, " row"]:
+    """Which rows belong to the texts that the SAE is evaluated on and not trained on."""
+    sequence = np.asarray(cache.rows["sequence"])
+    order = np.random.default_rng(seed).permutation(np.unique(sequence))
+    return np.isin(sequence, order[: max(1, int(share * len(order)))])
 
 
 def experts(recipe: Mapping[str, Any], out: Path, progress: bool) -> ExpertsFound:

@@ -221,6 +221,17 @@ def test_a_directory_that_does_not_load_is_reported_in_one_line(base, tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
+def test_a_generation_config_that_contradicts_itself_is_an_export_error(base, tmp_path):
+    base.hf.generation_config.temperature = 0.5  # without do_sample: transformers refuses to save it
+    try:
+        with pytest.raises(ExportError, match="refuses to save"):
+            export(base, None, tmp_path / "out")
+    finally:
+        base.hf.generation_config.temperature = None
+    assert not (tmp_path / "out").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
 def test_result_is_a_path(base, tmp_path):
     result = export(base, None, tmp_path / "deep" / "out", verify=False)
     assert os.fspath(result) == str(result) == str(tmp_path / "deep" / "out")

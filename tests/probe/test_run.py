@@ -84,6 +84,9 @@ def test_a_run_leaves_what_the_design_names(walked):
     for name in ("sweep", "patch", "latents", "experts", "candidates", "twins", "audit", "removal", "contexts"):
         assert len(pd.read_csv(out / "tables" / f"{name}.csv")) > 0
     assert ac.open(out / "cache" / "labelled").verify() == []
+    assert not (out / ".partial").exists()
+    rows = ac.open(out / "cache" / "corpus")
+    assert 0.05 * len(rows) < walked.found.sae_evaluation.n < 0.2 * len(rows)  # of texts held out from training
 
 
 def test_the_exported_model_is_the_edited_one(walked):
