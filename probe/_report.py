@@ -170,11 +170,7 @@ def _scores_section(scores: Scores, name: str) -> Section:
     text += [f"Warning: {warning}" for warning in scores.warnings]
     figures = []
     try:
-        # a sweep's twins are its shuffled-label controls, which the curves have as lines already
-        more: dict[str, Any] = {} if scores.kind == "direction" else {"twins": scores.twins}
-        if scores.kind in ("latent", "neuron"):
-            more["signed"] = scores.signed
-        figures.append(scores.plot(title=_caption(scores), **more))
+        figures.append(scores.plot(title=_caption(scores)))
     except (DataError, TargetError) as error:
         text.append(f"There is no picture: {error}")
     title = _TITLES.get(scores.kind, scores.kind) + (f" ({name})" if name else "")

@@ -481,21 +481,18 @@ class Scores:
         return self.table.copy()
 
     def plot(self, **settings: Any) -> Any:
-        """A plotly figure that fits the kind."""
+        """A plotly figure that fits the kind, with its random twins; settings are the figure's (`title`, ...)."""
         from probe import plots
 
-        draw = {
-            "direction": plots.probe_curves,
-            "position": plots.position_heatmap,
-            "head": plots.head_heatmap,
-            "expert": plots.expert_map,
-            "latent": plots.latent_bars,
-            "neuron": plots.neuron_bars,
-        }.get(self.kind)
+        draw = plots.BY_KIND.get(self.kind)
         if draw is None:
             raise TargetError(f"There is no picture for scores of kind {self.kind!r}.")
-        label = f"{self.score_name} ({self.unit})" if self.unit else self.score_name
-        return draw(self.table, score_name=label, **settings)
+        own: dict[str, Any] = {"score_name": self.score_name, "unit": self.unit}
+        if self.kind != "direction":  # a sweep's twins are its shuffled-label controls, which have lines already
+            own["twins"] = self.twins
+        if self.kind in ("latent", "neuron"):
+            own["signed"] = self.signed
+        return draw(self.table, **{**own, **settings})
 
     def save(self, directory: str | Path) -> Path:
         """Write `scores.json`, `table.parquet`, `arrays.safetensors` and a parquet file a control."""

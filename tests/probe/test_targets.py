@@ -169,3 +169,21 @@ def test_warnings_are_shown_wherever_scores_are():
 def test_empty_scores_are_refused():
     with pytest.raises(TargetError):
         Scores("m", "head", pd.DataFrame({"score": []}))
+
+
+@pytest.mark.parametrize("kind", ["direction", "position", "head"])
+def test_plots_show_the_scores_with_name_and_unit(kind):
+    extra = {"method": ["mean_diff"] * 3, "low": [0.4, 0.8, 0.1], "high": [0.6, 1.0, 0.3], "token": ["a", "b", "c"]}
+    made = scores(kind)
+    made = Scores(
+        "m", kind, made.table.assign(**extra), score_name="effect", unit="nats", twins=np.array([0.1, 0.2, 0.3])
+    )
+    drawn = made.plot(title="mine").to_json()
+    assert "effect" in drawn
+    assert "nats" in drawn
+    assert "mine" in drawn
+
+
+def test_a_kind_without_a_picture_says_so():
+    with pytest.raises(TargetError, match="no picture"):
+        Scores("m", "nonsense", pd.DataFrame({"score": [1.0]})).plot()
