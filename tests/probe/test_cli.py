@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -49,10 +48,8 @@ try:
 except SystemExit:
     assert "torch" not in sys.modules
 """
-    started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - started < 60
 
 
 @pytest.fixture(scope="module")
