@@ -168,6 +168,8 @@ def _scores_section(scores: Scores, name: str) -> Section:
     if scores.twins_note:
         text.append(f"Random twins: {scores.twins_note}.")
     text += [f"Warning: {warning}" for warning in scores.warnings]
+    if scores.kind == "position" and scores.table["token"].astype(str).str.contains("(+", regex=False).any():
+        text.append("A label such as “a (+3)”: the first pair has “a” there, other pairs have 3 other tokens.")
     figures = []
     try:
         figures.append(scores.plot(title=_caption(scores)))

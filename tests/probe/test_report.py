@@ -304,3 +304,11 @@ def test_a_browser_draws_every_figure_without_complaint(chromium, path, tmp_path
     assert seen["drawn"] == "5"
     assert seen["plots"] >= 5
     assert seen["wide"] <= width
+
+
+def test_token_labels_that_stand_for_several_tokens_are_explained(tmp_path):
+    plain = scores("position")
+    mixed = plain.table.assign(token=[f"{token} (+2)" for token in plain.table["token"]])
+    page = report({"patch": Scores("patch", "position", mixed)}, tmp_path / "mixed.html").read_text("utf-8")
+    assert "A label such as" in page
+    assert "A label such as" not in report({"patch": plain}, tmp_path / "plain.html").read_text("utf-8")
