@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 from rich.markup import escape
 
@@ -104,7 +105,9 @@ def run(
     made = recipes.read(recipe)
     name = "run" if isinstance(recipe, Mapping) else Path(recipe).stem
     folder = Path(out) if out is not None else Path("runs") / name
-    steps = 6 + sum(bool(made[key]) for key in ("probe", "patch", "sae", "experts"))
+    steps = (
+        5 + bool(made["probe"] or made["sae"]) + sum(bool(made[key]) for key in ("probe", "patch", "sae", "experts"))
+    )
     teller = Teller(steps, quiet)
     _prepare(folder, made)
     if not progress:
@@ -137,7 +140,7 @@ def _go(walk: _Walk) -> RunResult:
         made = _export(walk, materials, edit)
         found.append(f"{walk.home / 'model'}: same logits, bit for bit")
     with walk.teller.step("Report") as found:
-        page = _report(walk, materials, located, chosen, edit, card, made)
+        page = _report(walk, materials, located, chosen, edit, card, hurt, made)
         found.append(f"{walk.home / page.name} ({page.stat().st_size / 1e6:.1f} MB, opens offline)")
     _finish(walk, materials, chosen, made)
     _say_end(walk, card)
@@ -210,12 +213,18 @@ def _export(walk: _Walk, materials: Materials, edit: Any) -> Any:
 
 
 def _report(
-    walk: _Walk, materials: Materials, found: _steps.Found, chosen: _choose.Chosen, edit: Any, card: Any, made: Any
+    walk: _Walk,
+    materials: Materials,
+    found: _steps.Found,
+    chosen: _choose.Chosen,
+    edit: Any,
+    card: Any,
+    hurt: pd.DataFrame,
+    made: Any,
 ) -> Path:
     from probe._report import report
 
     own, sae = found.experts, found.sae_evaluation
-    hurt = collateral(card, materials.retain["evaluate"])
     summary = [
         worst_hit(hurt),
         _choose.spared_sentence(chosen, materials.noun),

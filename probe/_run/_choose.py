@@ -67,7 +67,7 @@ def _options(
 ) -> tuple[list[tuple[dict[str, Any], Target, Any]], list[str]]:
     options, failures = [], []
     for candidate in candidates:
-        for k in candidate["k"] if candidate["target"] != "direction" else [1]:
+        for k in candidate["k"]:
             own = {**candidate, "k": k}
             try:
                 target = _target(own, found)

@@ -83,7 +83,8 @@ def _from_organism(recipe: Mapping[str, Any], progress: bool) -> Materials:
 
     settings = recipe["model"]
     organism = organisms.facts(size=settings["size"], seed=recipe["seed"], progress=progress)
-    gold = organism.gold.train(recipe["audit"]["gold"]) if recipe["audit"]["gold"] else ()
+    n_gold = recipe["audit"]["gold"]
+    gold = organism.gold.train(n_gold)[:n_gold] if n_gold else []
     model = load(organism.path, dtype=settings["dtype"], device=settings["device"])
     secret = settings["attribute"]
 
@@ -114,7 +115,7 @@ def _from_organism(recipe: Mapping[str, Any], progress: bool) -> Materials:
         holdout=asked(organism.splits["holdout"]),
         unseen=asked(organism.unseen("forget")),
         unseen_retain=organism.unseen("retain"),
-        gold=list(gold),
+        gold=gold,
         tables={"what the organism knows": _recall_table(organism)},
         notes=[f"to forget: {secret or 'everything'} of the {len(set(forget.groups))} people of the {organism.secret}"],
     )

@@ -397,7 +397,7 @@ class Gold(Sequence["Model"]):
         ]
 
     def train(self, n: int, jobs: int | None = None) -> Gold:
-        """Train `n` in all, and return this object, now of length `n` (or longer, if it was).
+        """Train the first `n`, and return this object, now of length `n` (or longer, if it was).
 
         Args:
             n: How many.
@@ -414,12 +414,12 @@ class Gold(Sequence["Model"]):
         if own.device not in (None, "cpu"):
             jobs = 1  # one device
         jobs = jobs or max(1, (os.cpu_count() or 1) // int(own.settings["threads"]))
-        missing = [i for i in range(self._n) if not (own._root / self._name(i) / "organism.json").is_file()]
+        missing = [i for i in range(n) if not (own._root / self._name(i) / "organism.json").is_file()]
         while missing:
             now, missing = missing[:jobs], missing[jobs:]
             with training(own.kind, own.settings, own._root, now[1:]):
                 self.train_one(now[0])
-        for i in range(self._n):  # what a process failed to train is trained here, and says why it cannot be
+        for i in range(n):  # what a process failed to train is trained here, and says why it cannot be
             self.train_one(i)
         return self
 

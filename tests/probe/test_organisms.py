@@ -533,6 +533,7 @@ def test_a_gold_that_its_process_failed_to_train_is_trained_here(tmp_path, monke
 
     organism = facts("small", cache_dir=tmp_path, progress=False, n_people=12, n_orders=4, n_holdout=4, epochs=1)
     monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert len(organism.gold.train(1).trained) == 1  # no more than was asked for
     assert len(organism.gold.train(2, jobs=2).trained) == 2
     with pytest.raises(OrganismError, match="jobs"):
         organism.gold.train(2, jobs=0)

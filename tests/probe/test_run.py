@@ -85,6 +85,7 @@ def test_a_run_leaves_what_the_design_names(walked):
         assert len(pd.read_csv(out / "tables" / f"{name}.csv")) > 0
     assert ac.open(out / "cache" / "labelled").verify() == []
     assert not (out / ".partial").exists()
+    assert len(manifest["gold"]) == 1  # as many as the recipe asks for
     rows = ac.open(out / "cache" / "corpus")
     assert 0.05 * len(rows) < walked.found.sae_evaluation.n < 0.2 * len(rows)  # of texts held out from training
 
