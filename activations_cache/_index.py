@@ -20,6 +20,7 @@ from activations_cache.store import (
     FORMAT,
     HDF5_TYPES,
     INDEX,
+    LOGPROB,
     PARTIAL,
     VERSION,
     SiteSpec,
@@ -34,6 +35,12 @@ COLUMN_TYPES = {
     "string": h5py.h5t.py_create(h5py.string_dtype(), logical=True),
 }
 FILL = {"int": np.int64(-1), "float": np.float64(np.nan), "bool": np.int8(-1), "string": None}  # strings: empty
+TOKEN_TYPES = {
+    "int": (h5py.h5t.STD_I64LE, np.int64(-1)),
+    "float": (h5py.h5t.IEEE_F64LE, np.float64(np.nan)),
+    "bool": (h5py.h5t.STD_I8LE, np.int8(-1)),
+    "string": (h5py.h5t.STD_I32LE, np.int32(-1)),  # numbers of the manifest's categories
+}
 WRITER = f"h5py {h5py.version.version}, HDF5 {h5py.version.hdf5_version}"
 
 
@@ -106,6 +113,11 @@ def _write_rows(file: h5py.File, manifest: Mapping[str, Any]) -> None:
         _virtual(file, f"sites/{spec.name}", HDF5_TYPES[spec.dtype], spec.shape, parts, fill)
     _virtual(file, "rows/sequence", h5py.h5t.STD_I64LE, (), parts, np.int64(-1))
     _virtual(file, "rows/position", h5py.h5t.STD_I32LE, (), parts, np.int32(-1))
+    for name, column in manifest["data"].get("token_columns", {}).items():
+        kind, fill = TOKEN_TYPES[column["kind"]]
+        _virtual(file, f"rows/{name}", kind, (), parts, fill)
+    if manifest["settings"].get("logprobs"):
+        _virtual(file, f"rows/{LOGPROB}", h5py.h5t.IEEE_F32LE, (), parts, np.float32(np.nan))
 
 
 def _write_sequences(file: h5py.File, directory: Path, manifest: Mapping[str, Any]) -> None:

@@ -14,18 +14,21 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 
 from activations_cache import _verify, hashing
 from activations_cache import sites as site_catalogue
+from activations_cache._device import input_device
 from activations_cache._shards import check_size, damage
 from activations_cache.documents import (
     Column,
     Overflow,
+    TokenColumn,
     Tokens,
     read_documents,
     storable_columns,
@@ -33,13 +36,17 @@ from activations_cache.documents import (
     unstorable_columns,
 )
 from activations_cache.errors import CacheError, CacheMismatchError, CorruptCacheError, DataError, SiteError
-from activations_cache.plan import Plan, Positions, default_shard_rows, make_plan
+from activations_cache.plan import Plan, default_shard_rows, make_plan
+from activations_cache.positions import Positions, Selection, select
 from activations_cache.store import (
     FORMAT,
+    LARGEST,
     LOCK,
     MANIFEST,
     PARTIAL,
+    TOKEN_TYPES,
     VERSION,
+    Compression,
     ShardEntry,
     SiteSpec,
     Storage,
@@ -47,11 +54,7 @@ from activations_cache.store import (
     read_manifest,
 )
 
-LARGEST = {
-    "float16": 65504.0,
-    "bfloat16": float(torch.finfo(torch.bfloat16).max),
-    "float32": float(torch.finfo(torch.float32).max),
-}
+StorageTypes = str | torch.dtype | Mapping[str, str | torch.dtype] | None
 
 
 @dataclass(frozen=True)
@@ -62,17 +65,23 @@ class Request:
     data: Any
     sites: str | Sequence[str]
     out: Path
-    tokenizer: Any
-    positions: Positions
-    dtype: str | torch.dtype | None
-    batch_tokens: int
-    shard_rows: int | None
-    max_length: int | None
-    bos: bool | None
-    chat: bool
-    overflow: Overflow
-    columns: Sequence[str] | None
-    text_column: str
+    tokenizer: Any = None
+    positions: Positions = "all"
+    pool: Literal["mean"] | None = None
+    dtype: StorageTypes = None
+    batch_tokens: int = 8192
+    shard_rows: int | None = None
+    n_tokens: int | None = None
+    max_length: int | None = None
+    bos: bool | None = None
+    chat: bool = False
+    overflow: Overflow = "truncate"
+    columns: Sequence[str] | None = None
+    token_columns: Sequence[str] | None = None
+    logprobs: bool = False
+    compression: Compression | None = None
+    text_column: str = "text"
+    progress: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,7 @@ class Job:
     Attributes:
         hf: The bare model.
         tokens: Token ids of every sequence.
+        selection: Which of their positions are stored.
         columns: Label columns to store.
         specs: The sites, in forward order.
         plan: Shards and batches.
@@ -92,6 +102,7 @@ class Job:
 
     hf: Any
     tokens: Tokens
+    selection: Selection
     columns: dict[str, Column]
     specs: tuple[SiteSpec, ...]
     plan: Plan
@@ -100,14 +111,19 @@ class Job:
     dropped: dict[str, str]
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """The settings as the manifest records them."""
+        return cast(dict[str, Any], self.manifest["settings"])
+
+    @property
     def max_length(self) -> int:
         """Tokens after which a document is cut."""
-        return int(self.manifest["settings"]["max_length"])
+        return int(self.settings["max_length"])
 
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        return cast(torch.device, next(self.hf.parameters()).device)
+        return input_device(self.hf)
 
 
 def prepare(asked: Request) -> Job:
@@ -119,38 +135,58 @@ def prepare(asked: Request) -> Job:
         ModelError: A model whose sites cannot be named.
     """
     hf, catalogue = hashing.hf_model(asked.model), site_catalogue.Sites(asked.model)
+    if asked.compression not in (None, "gzip", "lzf"):
+        raise DataError(f"compression must be None, 'gzip' or 'lzf'; got {asked.compression!r}")
     tokenizer = getattr(asked.model, "tokenizer", None) if asked.tokenizer is None else asked.tokenizer
     max_length = _max_length(asked, catalogue.dims.n_ctx)
-    documents = read_documents(asked.data, asked.text_column)
-    tokens = tokenize(tokenizer, documents, max_length, asked.bos, asked.chat, asked.overflow)
+    specs = _specs(asked, catalogue, hf)
+    tokens = _tokens(asked, tokenizer, max_length)
     _check_ids(tokens, catalogue.dims.d_vocab)
+    selection = select(tokens, asked.positions, asked.pool)
     columns = storable_columns(tokens.columns, asked.columns)
-    dtype = _storage(asked.dtype, hf)
-    specs = tuple(_spec(site, dtype, catalogue.dims.n_experts) for site in catalogue.resolve(asked.sites))
     shard_rows = asked.shard_rows
     if shard_rows is None:
         shard_rows = default_shard_rows(sum(spec.row_bytes for spec in specs), asked.batch_tokens)
-    lengths = [len(row) for row in tokens.input_ids]
-    plan = make_plan(lengths, positions=asked.positions, batch_tokens=asked.batch_tokens, shard_rows=shard_rows)
+    plan = make_plan(selection.lengths, selection.counts, batch_tokens=asked.batch_tokens, shard_rows=shard_rows)
     settings = {
-        "positions": asked.positions,
-        "dtype": dtype,
+        "positions": asked.positions if isinstance(asked.positions, str) else "chosen",
+        "pool": asked.pool,
+        "dtype": _dtype_setting(asked.dtype, hf),
         "batch_tokens": asked.batch_tokens,
         "shard_rows": shard_rows,
+        "n_tokens": asked.n_tokens,
         "max_length": max_length,
         "bos": asked.bos,
         "chat": asked.chat,
         "overflow": asked.overflow,
+        "logprobs": asked.logprobs,
+        "compression": asked.compression,
     }
     manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "finished": False, "identity": ""}
     manifest |= {"model": _model_entry(hf, asked.model), "tokenizer": _tokenizer_entry(tokenizer)}
-    manifest |= {"data": _data_entry(tokens, columns), "sites": [spec.to_json() for spec in specs]}
+    manifest |= {"data": data_entry(tokens, selection, columns), "sites": [spec.to_json() for spec in specs]}
     manifest |= {"settings": settings, "plan": _plan_entry(plan), "rows": 0, "statistics": {}}
-    manifest |= {"libraries": _libraries(), "machine": _machine(hf)}
+    manifest |= {"libraries": libraries(), "machine": _machine(hf)}
     manifest |= {"created": datetime.now(UTC).isoformat(timespec="seconds"), "shards": []}
     manifest["identity"] = json_digest(_facts(manifest))
     dropped = unstorable_columns(tokens.columns) if asked.columns is None else {}
-    return Job(hf, tokens, columns, specs, plan, manifest, asked.out, dropped)
+    return Job(hf, tokens, selection, columns, specs, plan, manifest, asked.out, dropped)
+
+
+def _tokens(asked: Request, tokenizer: Any, max_length: int) -> Tokens:
+    documents = read_documents(asked.data, asked.text_column)
+    return tokenize(
+        tokenizer,
+        documents,
+        max_length,
+        asked.bos,
+        asked.chat,
+        asked.overflow,
+        n_tokens=asked.n_tokens,
+        token_columns=asked.token_columns,
+        positions=asked.positions if isinstance(asked.positions, str) else None,
+        progress=asked.progress,
+    )
 
 
 def _max_length(asked: Request, n_ctx: int) -> int:
@@ -162,12 +198,36 @@ def _max_length(asked: Request, n_ctx: int) -> int:
 
 
 def _check_ids(tokens: Tokens, d_vocab: int) -> None:
-    for number, row in enumerate(tokens.input_ids):
-        if max(row) >= d_vocab:
-            raise DataError(
-                f"row {number} holds token id {max(row)}; the model's vocabulary ends at {d_vocab - 1}. "
-                "Is this another model's tokenizer?"
-            )
+    if not len(tokens.flat) or int(tokens.flat.max()) < d_vocab:
+        return
+    at = int(np.argmax(tokens.flat >= d_vocab))
+    raise DataError(
+        f"row {int(np.searchsorted(tokens.offsets, at, side='right')) - 1} holds token id {int(tokens.flat[at])}; the "
+        f"model's vocabulary ends at {d_vocab - 1}. Is this another model's tokenizer?"
+    )
+
+
+def _specs(asked: Request, catalogue: Any, hf: Any) -> tuple[SiteSpec, ...]:
+    """The sites and how each is stored. In a mapping of patterns to types, the last pattern that fits decides."""
+    sites = catalogue.resolve(asked.sites)
+    types = asked.dtype if isinstance(asked.dtype, Mapping) else {"*": asked.dtype}
+    names = {site.name: (site.name, *site.aliases) for site in sites}
+    for pattern in types:
+        if not any(fnmatchcase(name, pattern) for all_names in names.values() for name in all_names):
+            raise SiteError(f"dtype names {pattern!r}, which is none of the sites to capture: {', '.join(names)}")
+    found = []
+    for site in sites:
+        fits = [kind for pattern, kind in types.items() if any(fnmatchcase(n, pattern) for n in names[site.name])]
+        found.append(_spec(site, _storage(fits[-1] if fits else None, hf), catalogue.dims.n_experts))
+        if asked.pool and site.integer:
+            raise SiteError(f"{site.name} holds indices, which have no mean; capture it without pool")
+    return tuple(found)
+
+
+def _dtype_setting(dtype: StorageTypes, hf: Any) -> str | dict[str, str]:
+    if isinstance(dtype, Mapping):
+        return {pattern: _storage(kind, hf) for pattern, kind in dtype.items()}
+    return _storage(dtype, hf)
 
 
 def _storage(dtype: str | torch.dtype | None, hf: Any) -> Storage:
@@ -207,9 +267,10 @@ def _tokenizer_entry(tokenizer: Any) -> dict[str, Any] | None:
     return {"hash": hashing.tokenizer_hash(tokenizer), "name": str(getattr(tokenizer, "name_or_path", ""))}
 
 
-def _data_entry(tokens: Tokens, columns: Mapping[str, Column]) -> dict[str, Any]:
+def data_entry(tokens: Tokens, selection: Selection, columns: Mapping[str, Column]) -> dict[str, Any]:
+    """The `data` field of a manifest."""
     return {
-        "fingerprint": _ids_digest(tokens.input_ids),
+        "fingerprint": ids_digest(tokens),
         "columns_fingerprint": json_digest({name: _exact(column.values) for name, column in columns.items()}),
         "sequences": len(tokens),
         "tokens": tokens.n_tokens,
@@ -217,6 +278,8 @@ def _data_entry(tokens: Tokens, columns: Mapping[str, Column]) -> dict[str, Any]
         "bos": tokens.bos,
         "columns": {name: column.kind for name, column in columns.items()},
         "columns_left_out": sorted(set(tokens.columns) - set(columns)),
+        "token_columns": {name: _token_column(column) for name, column in tokens.token_columns.items()},
+        "selection": selection.fingerprint(),
     }
 
 
@@ -231,11 +294,20 @@ def _plan_entry(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _ids_digest(input_ids: Sequence[Sequence[int]]) -> str:
+def ids_digest(tokens: Tokens) -> str:
+    """SHA-256 over the sequences: of each its length in 8 bytes, then its ids in 4 bytes each, little-endian."""
     digest = hashlib.sha256()
-    for row in input_ids:
+    for row in tokens.input_ids:
         digest.update(len(row).to_bytes(8, "little") + np.asarray(row, dtype="<i4").tobytes())
     return digest.hexdigest()
+
+
+def _token_column(column: TokenColumn) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for start in range(0, len(column.values), 2**20):
+        digest.update(np.asarray(column.values[start : start + 2**20], TOKEN_TYPES[column.kind]).tobytes())
+    named = {} if column.categories is None else {"categories": list(column.categories)}
+    return {"kind": column.kind, **named, "fingerprint": digest.hexdigest()}
 
 
 def _exact(values: Sequence[Any]) -> list[Any]:
@@ -243,7 +315,8 @@ def _exact(values: Sequence[Any]) -> list[Any]:
     return [repr(value) if isinstance(value, float) and not math.isfinite(value) else value for value in values]
 
 
-def _libraries() -> dict[str, str]:
+def libraries() -> dict[str, str]:
+    """Versions of what has a hand in the numbers."""
     found = {"python": platform.python_version()}
     for name in ("torch", "transformers", "transformer-lens", "h5py", "numpy", "tokenizers"):
         try:
@@ -271,6 +344,8 @@ def _facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "tokenizer": manifest["tokenizer"] and manifest["tokenizer"]["hash"],
         "token ids of the data": data["fingerprint"],
         "label columns": [data["columns"], data["columns_fingerprint"]],
+        "per-token columns": data["token_columns"],
+        "positions chosen": data["selection"],
         "sites": [[site["name"], site["dtype"], site["shape"]] for site in manifest["sites"]],
         **{f"setting {name}": value for name, value in manifest["settings"].items()},
         "plan of batches": manifest["plan"]["fingerprint"],
@@ -354,6 +429,8 @@ def _differences(job: Job, held: Mapping[str, Any]) -> str:
 def _difference(name: str, held: Any, asked: Any) -> str:
     if name == "sites":
         return f"sites ({_names(held)} in the cache, {_names(asked)} asked for)"
+    if name in ("per-token columns", "positions chosen"):
+        return name
     if name == "label columns":
         return f"label columns ({sorted(held[0])} in the cache, {sorted(asked[0])} asked for, or their values)"
     if isinstance(held, str) and isinstance(asked, str) and len(held) == len(asked) == 64:

@@ -23,8 +23,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from activations_cache.documents import Column
+from activations_cache.documents import Column, Tokens
 from activations_cache.errors import CacheLockedError, CorruptCacheError
+from activations_cache.plan import Shard
+from activations_cache.positions import Selection
 
 FORMAT = "activations-cache"
 VERSION = 1
@@ -33,8 +35,11 @@ INDEX = "index.h5"
 LOCK = ".lock"
 PARTIAL = ".partial"
 CRC_ROWS = 256
+GZIP_LEVEL = 1  # activations are mostly noise: higher levels gain next to nothing
+LOGPROB = "logprob"
 
 Storage = Literal["float16", "bfloat16", "float32", "int16", "int32"]
+Compression = Literal["gzip", "lzf"]
 AnyArray = npt.NDArray[Any]
 
 
@@ -63,6 +68,10 @@ NUMPY_TYPES: dict[str, np.dtype[Any]] = {
     "int16": np.dtype("<i2"),
     "int32": np.dtype("<i4"),
 }
+# per-token columns; strings are numbers of the categories that the manifest lists
+TOKEN_TYPES = {"int": np.dtype("<i8"), "float": np.dtype("<f8"), "bool": np.dtype("i1"), "string": np.dtype("<i4")}
+LARGEST = {name: float(torch.finfo(TORCH_TYPES[name]).max) for name in ("float16", "bfloat16", "float32")}
+CHUNK_BYTES = 2**20  # of a compressed site: one read of a shuffled block decompresses no more than this
 
 
 @dataclass(frozen=True)
@@ -168,25 +177,28 @@ class ShardBuffer:
     Attributes:
         first_sequence: Number of the shard's first sequence.
         first_row: Number of its first row in the cache.
-        input_ids: Token ids of its sequences, whole.
+        flat: Token ids of its sequences, whole, end to end.
+        lengths: Tokens of each sequence.
         stored: Rows stored of each sequence.
         columns: Label columns, cut to its sequences.
         sites: Per site the raw values [rows, *shape].
-        position: Position of each row in its sequence.
+        fields: Further values per row [rows], by name: the position, per-token columns, log-probabilities.
         moments: Per floating site the statistics of the shard.
     """
 
     first_sequence: int
     first_row: int
-    input_ids: Sequence[Sequence[int]]
+    flat: npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.int64]
     stored: npt.NDArray[np.int64]
     columns: dict[str, Column]
     sites: dict[str, AnyArray]
-    position: npt.NDArray[np.int32]
+    fields: dict[str, AnyArray]
     moments: dict[str, Moments] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.offsets = np.concatenate([[0], np.cumsum(self.stored)])
+        self.placed = dict.fromkeys((*self.sites, LOGPROB), 0)
 
     @property
     def rows(self) -> int:
@@ -197,29 +209,43 @@ class ShardBuffer:
     def allocate(
         cls,
         specs: Sequence[SiteSpec],
-        first_sequence: int,
-        first_row: int,
-        input_ids: Sequence[Sequence[int]],
-        columns: dict[str, Column],
-        last: bool,
+        shard: Shard,
+        tokens: Tokens,
+        selection: Selection,
+        columns: Mapping[str, Column],
+        logprobs: bool = False,
     ) -> ShardBuffer:
-        """Make an empty buffer for whole sequences; `last` stores their last position alone."""
-        lengths = np.array([len(row) for row in input_ids], dtype=np.int64)
-        stored = np.ones_like(lengths) if last else lengths
+        """Make an empty buffer for the sequences of a shard."""
+        first, stop = shard.first_sequence, shard.first_sequence + shard.sequences
+        stored, position = selection.counts[first:stop], selection.row_positions(first, stop)
         rows = int(stored.sum())
-        values = {spec.name: np.zeros((rows, *spec.shape), NUMPY_TYPES[spec.dtype]) for spec in specs}
-        position = lengths - 1 if last else np.concatenate([np.arange(n) for n in lengths])
+        values = {spec.name: np.empty((rows, *spec.shape), NUMPY_TYPES[spec.dtype]) for spec in specs}
+        fields: dict[str, AnyArray] = {"position": np.asarray(position, "<i4")}
+        at = np.repeat(tokens.offsets[first:stop], stored) + position  # of each stored row among all tokens
+        for name, column in tokens.token_columns.items():
+            fields[name] = np.asarray(column.values[at], TOKEN_TYPES[column.kind])
+        if logprobs:
+            fields[LOGPROB] = np.empty(rows, "<f4")
+        flat = np.asarray(tokens.flat[tokens.offsets[first] : tokens.offsets[stop]])
+        cut = {name: Column(column.kind, column.values[first:stop]) for name, column in columns.items()}
         moments = {spec.name: Moments.empty(spec.shape) for spec in specs if spec.floating}
-        return cls(first_sequence, first_row, input_ids, stored, columns, values, position.astype("<i4"), moments)
+        lengths = np.diff(tokens.offsets[first : stop + 1])
+        return cls(first, shard.first_row, flat, lengths, stored, cut, values, fields, moments)
 
-    def put(self, site: str, sequences: Sequence[int], values: AnyArray) -> None:
-        """Place the rows of a batch: those of `sequences` (numbers in the data), one after the other."""
-        target, start = self.sites[site], 0
-        for sequence in sequences:
-            local = int(sequence) - self.first_sequence
-            first, last = int(self.offsets[local]), int(self.offsets[local + 1])
-            target[first:last] = values[start : start + last - first]
-            start += last - first
+    def put(self, name: str, sequences: Sequence[int], values: AnyArray) -> None:
+        """Place the rows of a batch in a site or field: those of `sequences` (numbers in the data), one by one."""
+        target = self.sites[name] if name in self.sites else self.fields[name]
+        local = np.asarray(sequences) - self.first_sequence
+        if 8 * len(local) > len(values):  # few rows of each: one gather-like assignment is faster than many slices
+            counts = self.stored[local]
+            within = np.arange(len(values)) - np.repeat(np.cumsum(counts) - counts, counts)
+            target[np.repeat(self.offsets[local], counts) + within] = values
+        else:
+            start = 0
+            for first, last in zip(self.offsets[local].tolist(), self.offsets[local + 1].tolist(), strict=True):
+                target[first:last] = values[start : start + last - first]
+                start += last - first
+        self.placed[name] += len(values)
 
     def row_sequence(self) -> npt.NDArray[np.int64]:
         """Sequence number of each row."""
@@ -235,7 +261,12 @@ def block_crcs(values: AnyArray, block_rows: int = CRC_ROWS) -> npt.NDArray[np.u
 
 
 def write_shard(
-    directory: Path, name: str, buffer: ShardBuffer, specs: Sequence[SiteSpec], identity: str
+    directory: Path,
+    name: str,
+    buffer: ShardBuffer,
+    specs: Sequence[SiteSpec],
+    identity: str,
+    compression: Compression | None = None,
 ) -> ShardEntry:
     """Write a shard beside its final name, make it durable, then rename it.
 
@@ -245,13 +276,14 @@ def write_shard(
         buffer: A full buffer.
         specs: The sites, in order.
         identity: The cache's identity, repeated in every shard.
+        compression: How sites are compressed; None stores them contiguously.
 
     Returns:
         The entry for the manifest, which the caller commits next.
     """
     partial = directory / f".{name}{PARTIAL}"
     try:
-        _write_shard(partial, buffer, specs, identity)
+        _write_shard(partial, buffer, specs, identity, compression)
     except RuntimeError as error:  # what h5py makes of a failed write when it closes the file
         raise OSError(str(error)) from error
     fsync(partial)
@@ -262,15 +294,17 @@ def write_shard(
     return ShardEntry(name, first, count, buffer.first_row, buffer.rows, size, digest)
 
 
-def _write_shard(partial: Path, buffer: ShardBuffer, specs: Sequence[SiteSpec], identity: str) -> None:
+def _write_shard(
+    partial: Path, buffer: ShardBuffer, specs: Sequence[SiteSpec], identity: str, compression: Compression | None
+) -> None:
     with h5py.File(partial, "w") as file:
         file.attrs.update({"format": FORMAT, "version": VERSION, "identity": identity, "crc_rows": CRC_ROWS})
         numbers = {"first_sequence": buffer.first_sequence, "sequences": len(buffer.stored)}
         file.attrs.update({**numbers, "first_row": buffer.first_row, "rows": buffer.rows})
         for spec in specs:
-            _write_raw(file, f"sites/{spec.name}", buffer.sites[spec.name], HDF5_TYPES[spec.dtype])
+            _write_raw(file, f"sites/{spec.name}", buffer.sites[spec.name], HDF5_TYPES[spec.dtype], compression)
             file[f"crc/sites/{spec.name}"] = block_crcs(buffer.sites[spec.name])
-        for row_name, values in (("sequence", buffer.row_sequence()), ("position", buffer.position)):
+        for row_name, values in {"sequence": buffer.row_sequence(), **buffer.fields}.items():
             file[f"rows/{row_name}"] = values
             file[f"crc/rows/{row_name}"] = block_crcs(values)
         _write_sequences(file, buffer)
@@ -278,12 +312,20 @@ def _write_shard(partial: Path, buffer: ShardBuffer, specs: Sequence[SiteSpec], 
         file.flush()
 
 
-def _write_raw(file: h5py.File, name: str, values: AnyArray, kind: Any) -> None:
-    """Write the bits of `values` as a contiguous dataset of the given HDF5 type."""
+def _write_raw(file: h5py.File, name: str, values: AnyArray, kind: Any, compression: Compression | None) -> None:
+    """Write the bits of `values` as a dataset of the given HDF5 type: contiguous, or in compressed chunks of rows."""
     group = file.require_group(name.rpartition("/")[0])
     space = h5py.h5s.create_simple(values.shape)
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_obj_track_times(False)  # the same content gives the same bytes, whenever it is written
+    if compression is not None and len(values):
+        row_bytes = max(1, values[0].nbytes)
+        properties.set_chunk((min(len(values), max(1, CHUNK_BYTES // row_bytes)), *values.shape[1:]))
+        properties.set_shuffle()
+        if compression == "gzip":
+            properties.set_deflate(GZIP_LEVEL)
+        else:
+            properties.set_filter(h5py.h5z.FILTER_LZF, h5py.h5z.FLAG_OPTIONAL)
     dataset = h5py.h5d.create(group.id, name.rpartition("/")[2].encode(), kind, space, properties)
     dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, np.ascontiguousarray(values), mtype=kind)
 
@@ -291,9 +333,8 @@ def _write_raw(file: h5py.File, name: str, values: AnyArray, kind: Any) -> None:
 def _write_sequences(file: h5py.File, buffer: ShardBuffer) -> None:
     """Token ids of whole sequences, end to end, with offsets; and one dataset per label column."""
     group = file.create_group("sequences")
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in buffer.input_ids])]).astype("<i8")
-    group["input_ids"] = np.concatenate([np.asarray(row, dtype="<i4") for row in buffer.input_ids])
-    group["offsets"] = offsets
+    group["input_ids"] = buffer.flat.astype("<i4")
+    group["offsets"] = np.concatenate([[0], np.cumsum(buffer.lengths)]).astype("<i8")
     for name, column in buffer.columns.items():
         if column.kind == "string":
             group.create_dataset(name, data=column.values, dtype=h5py.string_dtype())

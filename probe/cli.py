@@ -177,18 +177,33 @@ def _add_capture(commands: Any) -> None:
     made.add_argument("--data", type=Path, required=True, help="txt, json, jsonl, csv or parquet")
     made.add_argument("--site", action="append", required=True, help="site or pattern; may be given several times")
     made.add_argument("--out", type=Path, required=True, help="cache directory")
-    made.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="storage type (default: the model's)")
-    made.add_argument("--positions", choices=("all", "last"), default="all")
-    made.add_argument("--batch-tokens", type=int, default=8192, metavar="N")
-    made.add_argument("--shard-rows", type=int, metavar="N")
+    made.add_argument(
+        "--dtype",
+        action="append",
+        metavar="[PATTERN=]TYPE",
+        help="storage type float16, bfloat16 or float32, of all sites or of those that fit (default: the model's)",
+    )
+    made.add_argument(
+        "--positions",
+        choices=("all", "last", "answer", "mask"),
+        default="all",
+        help="tokens to store: all, each text's last, those of the column `answer`, those marked in the column `mask`",
+    )
+    made.add_argument("--pool", choices=("mean",), help="store one row per text: the mean over its positions")
+    made.add_argument("--logprobs", action="store_true", help="store each token's log-probability too")
+    made.add_argument("--compression", choices=("gzip", "lzf"), help="smaller and much slower (default: none)")
+    made.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="padded tokens per forward")
+    made.add_argument("--shard-rows", type=int, metavar="N", help="rows per file (default: about 128 MiB)")
+    made.add_argument("--n-tokens", type=int, metavar="N", help="capture exactly so many tokens (default: all)")
     made.add_argument(
         "--max-length", type=int, metavar="N", help="longest text in tokens (default: the model's context)"
     )
     made.add_argument(
-        "--overflow", choices=("truncate", "error"), default="truncate", help="what to do with longer texts"
+        "--overflow", choices=("truncate", "split", "error"), default="truncate", help="what to do with longer texts"
     )
     made.add_argument("--text-column", default="text", metavar="NAME")
     made.add_argument("--columns", nargs="*", metavar="NAME", help="label columns to keep (default: all)")
+    made.add_argument("--token-columns", nargs="*", metavar="NAME", help="columns with one value per token to keep")
     made.add_argument(
         "--bos", action=argparse.BooleanOptionalAction, help="beginning-of-sequence token (default: the tokenizer's)"
     )
@@ -369,13 +384,20 @@ def _capture(a: argparse.Namespace) -> int:
     import activations_cache as ac
 
     cache = ac.capture(
-        _load(a), a.data, a.site, a.out, positions=a.positions, dtype=a.dtype, batch_tokens=a.batch_tokens,
-        shard_rows=a.shard_rows, max_length=a.max_length, overflow=a.overflow, text_column=a.text_column, bos=a.bos,
-        chat=a.chat, resume=not a.no_resume, columns=a.columns,
+        _load(a), a.data, a.site, a.out, positions=a.positions, pool=a.pool, dtype=_storage_types(a.dtype),
+        batch_tokens=a.batch_tokens, shard_rows=a.shard_rows, n_tokens=a.n_tokens, max_length=a.max_length,
+        overflow=a.overflow, text_column=a.text_column, bos=a.bos, chat=a.chat, resume=not a.no_resume,
+        columns=a.columns, token_columns=a.token_columns, logprobs=a.logprobs, compression=a.compression,
         progress=_bars(),
     )  # fmt: skip
     print(cache.info())
     return 0
+
+
+def _storage_types(given: list[str] | None) -> Any:
+    """None, one type, or a mapping of patterns to types; a type without a pattern is for all sites."""
+    pairs = [(value.rpartition("=")[0] or "*", value.rpartition("=")[2]) for value in given or []]
+    return pairs[0][1] if len(pairs) == 1 and pairs[0][0] == "*" else dict(pairs) or None
 
 
 def _cache_info(a: argparse.Namespace) -> int:

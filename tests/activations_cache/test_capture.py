@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import activations_cache as ac
-from activations_cache import _capture, conformance, sites, store
-from activations_cache._capture import batch_moments
+from activations_cache import _capture, _forward, _pipeline, conformance, sites, store
+from activations_cache._forward import batch_moments
 from activations_cache.errors import (
     CacheError,
     CacheMismatchError,
@@ -223,7 +223,7 @@ def forbid_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was run")
 
-    monkeypatch.setattr(_capture._Collector, "run", forward)
+    monkeypatch.setattr(_forward.Forward, "run", forward)
 
 
 def test_a_finished_cache_is_returned_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -274,7 +274,7 @@ def interrupted_capture(
     out: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException] = KeyboardInterrupt
 ) -> None:
     """Capture until the fifth batch, which raises."""
-    real, seen = _capture._Collector.run, []
+    real, seen = _forward.Forward.run, []
 
     def run(self: Any, batch: Any) -> Any:
         seen.append(batch)
@@ -283,7 +283,7 @@ def interrupted_capture(
         return real(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_capture._Collector, "run", run)
+        patch.setattr(_forward.Forward, "run", run)
         with pytest.raises(error) as caught:
             small(out)
     assert "shards are committed" in "".join(caught.value.__notes__)
@@ -481,7 +481,7 @@ def test_an_error_of_the_writing_thread_surfaces(tmp_path: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(_capture, "write_shard", full)
+        patch.setattr(_pipeline, "write_shard", full)
         with pytest.raises(CacheError, match=r"No space left on device.*run the same capture again"):
             small(tmp_path / "acts")
     assert small(tmp_path / "acts").finished
@@ -503,7 +503,7 @@ def test_a_failed_write_names_the_room_that_is_left(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(_capture, "write_shard", fail)
+    monkeypatch.setattr(_pipeline, "write_shard", fail)
     monkeypatch.setattr(_capture.shutil, "disk_usage", lambda _place: SimpleNamespace(free=free))
     with pytest.raises(CacheError, match="cannot be written") as caught:
         small(tmp_path / "acts", [[5] * 60] * 100, batch_tokens=6000, shard_rows=3000)
