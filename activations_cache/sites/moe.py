@@ -116,8 +116,9 @@ class ExpertsTap:
 class ExpertOutTap:
     """What each chosen expert gives for a token, before its weight: `[batch, pos, top_k, d_model]`.
 
-    The experts' module adds the weighted outputs up without ever holding them apart, so it is run once more per slot,
-    on that slot's expert with a weight of one. A replacement is weighted and added up here.
+    The experts' module adds the weighted outputs up without ever holding them apart, so it is run once more, on every
+    pair of a token and one of its experts, with weights of one: as many products again as the layer's experts cost, and
+    none of it unless this site is asked for. A replacement is weighted and added up here.
     """
 
     name: str
@@ -130,9 +131,9 @@ class ExpertOutTap:
         def hook(experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             bound = inspect.signature(experts.forward).bind(*args, **kwargs)
             hidden, index, weights = list(bound.arguments.values())[:3]  # [rows, d_model], [rows, top_k] twice
-            one = torch.ones_like(weights[:, :1])
-            slots = [experts.forward(hidden, index[:, k : k + 1], one) for k in range(index.shape[1])]
-            each = torch.stack(slots, dim=1)  # [rows, top_k, d_model]
+            one = torch.ones_like(weights).reshape(-1, 1)  # [rows * top_k, 1]
+            pairs = hidden.repeat_interleave(index.shape[1], dim=0)  # [rows * top_k, d_model]
+            each = experts.forward(pairs, index.reshape(-1, 1), one).reshape(*index.shape, -1)  # [rows, top_k, d_model]
             value = each.reshape(*tokens.shape, *each.shape[1:])
             new = checked(call, value, self.name)
             if new is None or (new is value and not value.requires_grad):
