@@ -7,6 +7,7 @@ returned logits changes nothing where the router has chosen already, so a replac
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -163,6 +164,23 @@ def find_router(block: nn.Module, experts: nn.Module, declared: nn.Module | None
         if child is not experts and isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[0] == n_experts:
             return child
     return None
+
+
+def router_types(router: nn.Module, d_model: int, model_type: torch.dtype) -> tuple[str | None, str | None]:
+    """The types of a router's logits and weights where they are float32 in a model of another type, else None.
+
+    The router's own code says so, on a copy without numbers (the meta device); what it does not return, or what cannot
+    run without numbers, is taken to have the model's type.
+    """
+    twin = copy.deepcopy(router).to("meta")
+    try:
+        output = type(router).forward(twin, torch.empty(1, d_model, dtype=model_type, device="meta"))
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
+        return None, None
+    parts = output if isinstance(output, tuple) else (output,)
+    types = [p.dtype if isinstance(p, Tensor) and p.dtype != model_type else None for p in parts]
+    logits, weights = ("float32" if kind == torch.float32 else None for kind in (*types, None, None)[:2])
+    return logits, weights
 
 
 def expert_count(experts: nn.Module) -> int:

@@ -201,13 +201,71 @@ def test_dense_layers_among_sparse_ones() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
-def test_other_implementations_of_the_experts(implementation: str) -> None:
-    hf, inputs = zoo.tiny("mixtral"), zoo.inputs()
-    expected = sites.run(hf, inputs, read=f"{PREFIX}*", interventions={f"{PREFIX}router_logits": lambda v, s: -v})
+@pytest.mark.parametrize("architecture", zoo.MOE)
+def test_other_implementations_of_the_experts(architecture: str, implementation: str) -> None:
+    """transformers computes the experts in one of several ways; all give the same sites, also when routed anew."""
+    hf, inputs = zoo.tiny(architecture), zoo.inputs(padding="left")
+    flip = {f"{PREFIX}router_logits": lambda v, s: -v}
+    read = [f"{PREFIX}*", f"blocks.{LAYER}.hook_mlp_out"]
+    expected = [sites.run(hf, inputs, read=read, interventions=change) for change in ({}, flip)]
     hf.set_experts_implementation(implementation)
-    run = sites.run(hf, inputs, read=f"{PREFIX}*", interventions={f"{PREFIX}router_logits": lambda v, s: -v})
-    for name, value in expected.values.items():
-        torch.testing.assert_close(run[name], value, rtol=1e-4, atol=1e-4)
+    for change, before in zip(({}, flip), expected, strict=True):
+        run = sites.run(hf, inputs, read=read, interventions=change)
+        for name, value in before.values.items():
+            torch.testing.assert_close(run[name], value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("architecture", zoo.MOE)
+def test_bfloat16(architecture: str, implementation: str) -> None:
+    """Slots times weights, and the shared expert, make up the layer's output to bfloat16's rounding; types are told."""
+    hf, inputs = zoo.tiny(architecture, dtype=torch.bfloat16), zoo.inputs(padding="left")
+    hf.set_experts_implementation(implementation)
+    arguments: list[tuple[Tensor, ...]] = []
+    block = hf.model.layers[LAYER].mlp
+    handle = block.experts.register_forward_pre_hook(lambda _, args: arguments.append(args))
+    run = sites.run(hf, inputs, read=[f"{PREFIX}*", f"blocks.{LAYER}.hook_mlp_out"], stop=False)
+    handle.remove()
+    hidden, index, weights = arguments[0]
+    values = {kind: run[f"{PREFIX}{kind}"] for kind in ("expert_indices", "expert_weights", "expert_out")}
+    assert torch.equal(values["expert_indices"].reshape(index.shape), index)
+    assert torch.equal(values["expert_weights"].reshape(weights.shape), weights)
+    each = torch.stack([
+        torch.stack([expert(architecture, block.experts, int(i), x) for i in chosen])
+        for x, chosen in zip(hidden, index, strict=True)
+    ])  # fmt: skip
+    torch.testing.assert_close(values["expert_out"].reshape(each.shape), each, rtol=0.05, atol=0.05)
+    out = (each.float() * weights.float()[..., None]).sum(1).reshape(3, 9, -1)
+    x = hidden.reshape(out.shape)
+    if architecture == "qwen2_moe":
+        out += torch.sigmoid(block.shared_expert_gate(x)) * block.shared_expert(x)
+    if architecture.startswith("deepseek"):
+        out += block.shared_experts(x)
+    torch.testing.assert_close(run[f"blocks.{LAYER}.hook_mlp_out"].float(), out, rtol=0.05, atol=0.1)
+    S = sites.Sites(hf)
+    for kind in ("router_logits", "expert_weights", "expert_out"):
+        site = S[f"{PREFIX}{kind}"]
+        assert run[site.name].dtype == getattr(torch, site.dtype or "bfloat16")
+
+
+@pytest.mark.parametrize("architecture", zoo.MOE)
+def test_outputs_of_slots_are_not_computed_unless_asked_for(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf, inputs = zoo.tiny(architecture), zoo.inputs()
+    experts = hf.model.layers[LAYER].mlp.experts
+    original, rows = experts.forward, []
+
+    def counted(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        rows.append(index.numel())
+        return original(hidden, index, weights)
+
+    monkeypatch.setattr(experts, "forward", counted)
+    pairs = 27 * hf.config.num_experts_per_tok
+    sites.run(
+        hf, inputs, read=[f"{PREFIX}router_logits", f"{PREFIX}expert_indices", f"{PREFIX}expert_weights"], stop=False
+    )
+    assert rows == [pairs]
+    sites.run(hf, inputs, read=f"{PREFIX}expert_out", stop=False)
+    assert rows == [pairs] * 3  # once more: each pair of a token and its expert
 
 
 def test_an_expert_that_is_gone() -> None:
