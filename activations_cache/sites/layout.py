@@ -224,7 +224,7 @@ def split_index(module: nn.Module, split: Any, names: tuple[str, ...]) -> dict[s
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise SiteError(
             f"TransformerLens's map of {type(module).__name__} cannot tell {', '.join(names)} apart in their "
-            f"common matrix for this configuration ({error}); read hook_z and the residual stream, which do not depend on it"
+            f"common matrix for this configuration ({error}); hook_z and the residual stream do not depend on it"
         ) from error
     for name, part in zip(names, outputs, strict=True):
         rows = part.weight.detach()[:, 0].long()  # [outputs of this part]
