@@ -148,7 +148,9 @@ class Forward:
                 stored[number, torch.as_tensor(np.asarray(selection.of(sequence), np.int64))] = True
         keep = None if bool(stored.all()) else stored.flatten().nonzero().squeeze(1).to(self.device)
         counts = stored.sum(1)  # [batch]
-        return _Stored(keep, counts.to(self.device) if selection.pool else None, np.repeat(batch, self._rows_of(counts)))
+        return _Stored(
+            keep, counts.to(self.device) if selection.pool else None, np.repeat(batch, self._rows_of(counts))
+        )
 
     def _rows_of(self, counts: Tensor) -> IntArray:
         return np.ones(len(counts), np.int64) if self.selection.pool else counts.numpy()

@@ -33,15 +33,16 @@ _BFLOAT16 = h5py.h5t.IEEE_F32LE.copy()
 _BFLOAT16.set_fields(15, 7, 8, 0, 7)
 _BFLOAT16.set_size(2)
 _BFLOAT16.set_ebias(127)
-_TYPES = {
+SITE_TYPES = {
     "float16": h5py.h5t.IEEE_F16LE,
     "bfloat16": _BFLOAT16,
     "float32": h5py.h5t.IEEE_F32LE,
     "int16": h5py.h5t.STD_I16LE,
     "int32": h5py.h5t.STD_I32LE,
 }
-_RAW = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "int16": "<i2", "int32": "<i4"}
-_COLUMNS = {"int": "<i8", "float": "<f8", "bool": "i1"}
+RAW_TYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "int16": "<i2", "int32": "<i4"}
+COLUMN_TYPES = {"int": "<i8", "float": "<f8", "bool": "i1"}
+ROW_TYPES = {**COLUMN_TYPES, "string": "<i4"}  # per token, strings are numbers of their category
 
 
 def requirement(name: str) -> Callable[[Requirement], Requirement]:
@@ -95,8 +96,8 @@ def _shards(directory: Path) -> Iterator[Iterator[tuple[dict[str, Any], h5py.Fil
 
 def _raw(dataset: h5py.Dataset, dtype: str) -> Any:
     """The stored bits of a site."""
-    values = np.empty(dataset.shape, _RAW[dtype])
-    dataset.id.read(h5py.h5s.ALL, h5py.h5s.ALL, values, mtype=_TYPES[dtype])
+    values = np.empty(dataset.shape, RAW_TYPES[dtype])
+    dataset.id.read(h5py.h5s.ALL, h5py.h5s.ALL, values, mtype=SITE_TYPES[dtype])
     return values
 
 
@@ -147,7 +148,7 @@ def sites_are_described(directory: Path) -> None:
     """Each site has a name, a known dtype and a shape; no name or alias occurs twice."""
     names: list[str] = []
     for site in _manifest(directory)["sites"]:
-        _require(site["dtype"] in _TYPES, f"{site['name']} has dtype {site['dtype']!r}")
+        _require(site["dtype"] in SITE_TYPES, f"{site['name']} has dtype {site['dtype']!r}")
         _require(all(isinstance(size, int) and size > 0 for size in site["shape"]), f"{site['name']}: {site['shape']}")
         names += [site["name"], *site["aliases"]]
     _require(names and len(set(names)) == len(names), "there is no site, or one is there under two names")
@@ -205,7 +206,9 @@ def sites_are_contiguous(directory: Path) -> None:
             for name, site in sites.items():
                 dataset, where = file["sites"][name], f"{entry['file']}, {name}"
                 _require(dataset.shape == (entry["rows"], *site["shape"]), f"{where}: shape {dataset.shape}")
-                _require(dataset.id.get_type() == _TYPES[site["dtype"]], f"{where}: no {site['dtype']}, little-endian")
+                _require(
+                    dataset.id.get_type() == SITE_TYPES[site["dtype"]], f"{where}: no {site['dtype']}, little-endian"
+                )
                 _require(dataset.id.get_offset() is not None, f"{where} is not contiguous")
 
 
@@ -274,7 +277,7 @@ def columns_are_typed(directory: Path) -> None:
                     info = h5py.check_string_dtype(dataset.dtype)
                     _require(info is not None and info.encoding == "utf-8", f"{where} is no UTF-8 string")
                 else:
-                    _require(dataset.dtype == np.dtype(_COLUMNS[kind]), f"{where} is {dataset.dtype}, not {kind}")
+                    _require(dataset.dtype == np.dtype(COLUMN_TYPES[kind]), f"{where} is {dataset.dtype}, not {kind}")
 
 
 @requirement("S8")

@@ -45,3 +45,7 @@ class CacheLockedError(CacheError):
 
 class ConformanceError(CacheError):
     """A cache directory breaks a requirement of the format."""
+
+
+class ParallelError(CacheError):
+    """Another process of a shared capture is gone, or failed with an error that is none of this package's."""

@@ -5,6 +5,9 @@ that a model in memory and the directory that it was saved to have the same hash
 fused 3-D expert parameters in memory and one matrix per expert on disk; `CheckpointMap` goes between the two with
 transformers' own weight conversion, one group of parameters at a time, so that memory stays bounded by the largest
 fused parameter.
+
+A weight that accelerate has offloaded (`device_map=...`, `cpu_offload`) is on the meta device in the model. It is
+hashed from where it rests, one group at a time as well.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from activations_cache._device import hooks_of
 from activations_cache.errors import DataError, ModelError
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
@@ -74,9 +78,13 @@ class CheckpointMap:
 
     Args:
         model: a Hugging Face model, or anything with one as ``.hf``.
+        offloaded: accept weights that accelerate has offloaded: `state` has them on the meta device, `read` reads them.
+
+    Raises:
+        ModelError: no such model, or weights that cannot be read.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, offloaded: bool = False) -> None:
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
         self.hf = hf_model(model)
@@ -90,7 +98,7 @@ class CheckpointMap:
             [c for c in backward if isinstance(c, WeightRenaming)],
             [c for c in backward if isinstance(c, WeightConverter)],
         )
-        self.state: dict[str, Tensor] = saved_state(self.hf)
+        self.state: dict[str, Tensor] = saved_state(self.hf, offloaded=offloaded)
         self.groups: list[Group] = self._find_groups()
         self.group_of: dict[str, Group] = {name: group for group in self.groups for name in group.checkpoint}
 
@@ -101,7 +109,7 @@ class CheckpointMap:
 
     def read(self, group: Group) -> dict[str, Tensor]:
         """The group's tensors under their checkpoint names. Unfused ones share storage with the model's parameters."""
-        return self.to_checkpoint({name: self.state[name] for name in group.memory})
+        return self.to_checkpoint({name: _present(self.hf, name, self.state[name]) for name in group.memory})
 
     def to_checkpoint(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors by memory name (whole groups) -> tensors by checkpoint name."""
@@ -177,17 +185,65 @@ def hf_model(model: Any) -> Any:
     return hf
 
 
-def saved_state(hf: Any) -> dict[str, Tensor]:
-    """The state that ``save_pretrained`` would write, under memory names: tied weights once, ignored keys left out."""
+def saved_state(hf: Any, *, offloaded: bool = False) -> dict[str, Tensor]:
+    """The state that ``save_pretrained`` would write, under memory names: tied weights once, ignored keys left out.
+
+    Args:
+        hf: a Hugging Face model.
+        offloaded: leave the weights that accelerate has offloaded in the state, as tensors on the meta device.
+
+    Raises:
+        ModelError: weights on the meta device, offloaded or (with `offloaded`) not even that.
+    """
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
     state = dict(hf.state_dict())
     for key in getattr(hf, "_keys_to_ignore_on_save", None) or ():
         state.pop(key, None)
-    if any(tensor.is_meta for tensor in state.values()):
-        raise ModelError("The model has tensors on the meta device: its weights cannot be read. Load it fully first.")
+    away = [name for name, tensor in state.items() if tensor.is_meta]
+    lost = away if not offloaded else [name for name in away if _resting_place(hf, name) is None]
+    if lost:
+        raise ModelError(
+            f"The model has tensors on the meta device ({lost[0]}, {len(lost)} in all): its weights cannot be read. "
+            "Load it fully first."
+        )
+    if away:
+        _drop_offloaded_ties(hf, state)
     kept: dict[str, Tensor] = remove_tied_weights_from_state_dict(state, hf)
     return kept
+
+
+def _resting_place(hf: Any, name: str) -> tuple[Mapping[str, Tensor], str] | None:
+    """Where accelerate keeps an offloaded tensor, and its name there: on the innermost module that has a map."""
+    parts = name.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        for hook in hooks_of(hf.get_submodule(".".join(parts[:depth]))):
+            weights, own = getattr(hook, "weights_map", None), ".".join(parts[depth:])
+            if weights is not None:
+                return weights, own
+    return None
+
+
+def _present(hf: Any, name: str, tensor: Tensor) -> Tensor:
+    """A tensor of the state itself; one that is offloaded is read, in the type in which the model computes."""
+    place = _resting_place(hf, name) if tensor.is_meta else None
+    if place is None:
+        return tensor
+    weights, own = place
+    try:
+        return weights[own].to(tensor.dtype)
+    except (KeyError, OSError) as error:
+        raise ModelError(f"The offloaded weight {name} cannot be read ({error!r}): load the model again.") from error
+
+
+def _drop_offloaded_ties(hf: Any, state: dict[str, Tensor]) -> None:
+    """Leave out tied weights that are offloaded: on the meta device they share no storage by which to tell them."""
+    for target, source in (getattr(hf, "all_tied_weights_keys", None) or {}).items():
+        if target not in state or source not in state or not (state[target].is_meta or state[source].is_meta):
+            continue
+        pair = [_present(hf, name, state[name]).cpu() for name in (target, source)]
+        if torch.equal(*pair):
+            del state[target]
 
 
 def checkpoint_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
@@ -198,9 +254,9 @@ def checkpoint_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
 
     Yields:
         Names as on disk (``...experts.0.w1.weight``), tensors on the model's device in the model's types. Unfused
-        tensors share storage with the parameters: do not write to them.
+        tensors share storage with the parameters: do not write to them. Offloaded ones are read as they are reached.
     """
-    mapping = CheckpointMap(model)
+    mapping = CheckpointMap(model, offloaded=True)
     for group in mapping.groups:
         yield from mapping.read(group).items()
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -37,7 +38,7 @@ class Shard:
         first_sequence: Number of its first sequence in the data.
         sequences: How many sequences it holds.
         first_row: Number of its first stored row in the whole cache.
-        rows: How many rows it stores.
+        rows: How many rows it stores; at least one.
         tokens: How many tokens its sequences have.
         batches: Sequence numbers of each batch, in the order in which they are run.
     """
@@ -55,19 +56,31 @@ class Shard:
         """File name of the shard inside the cache directory."""
         return f"shard-{self.index:05d}.h5"
 
+    @property
+    def stop(self) -> int:
+        """Number of the first sequence after it."""
+        return self.first_sequence + self.sequences
+
 
 @dataclass(frozen=True)
 class Plan:
-    """Every shard and batch of a capture, fixed before it starts."""
+    """Every shard and batch of a capture, fixed before it starts.
+
+    Attributes:
+        shards: The shards, in the order of the data.
+        lengths: Tokens of each sequence.
+        stored: Stored rows of each sequence.
+    """
 
     shards: tuple[Shard, ...]
     lengths: IntArray
-    positions: Positions
+    stored: IntArray
+    positions: str = "chosen"
 
     @property
     def rows(self) -> int:
         """Rows that the finished cache stores."""
-        return sum(shard.rows for shard in self.shards)
+        return int(self.stored.sum())
 
     @property
     def tokens(self) -> int:
@@ -80,18 +93,17 @@ class Plan:
         return sum(len(shard.batches) for shard in self.shards)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the shard boundaries and the members of every batch."""
-        digest = hashlib.sha256(self.positions.encode())
+        """SHA-256 over the stored rows of each sequence, the shard boundaries and the members of every batch."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(self.stored.astype("<i8").tobytes())
         for shard in self.shards:
             digest.update(f"|{shard.first_sequence}+{shard.sequences}".encode())
             for batch in shard.batches:
                 digest.update(b";" + batch.astype("<i8").tobytes())
         return digest.hexdigest()
-
-    def stored(self, shard: Shard) -> IntArray:
-        """Stored rows of each sequence of a shard."""
-        part = self.lengths[shard.first_sequence : shard.first_sequence + shard.sequences]
-        return part if self.positions == "all" else np.ones_like(part)
 
 
 def default_shard_rows(row_bytes: int, batch_tokens: int) -> int:
@@ -104,54 +116,99 @@ def default_shard_rows(row_bytes: int, batch_tokens: int) -> int:
     return max(batch_tokens, min(MAX_SHARD_ROWS, DEFAULT_SHARD_BYTES // max(row_bytes, 1)))
 
 
-def make_plan(lengths: Sequence[int], *, positions: Positions, batch_tokens: int, shard_rows: int) -> Plan:
+def make_plan(
+    lengths: Sequence[int] | IntArray,
+    stored: Sequence[int] | IntArray | None = None,
+    *,
+    batch_tokens: int,
+    shard_rows: int,
+    positions: str = "chosen",
+) -> Plan:
     """Plan a capture.
 
     Args:
         lengths: Tokens of each sequence, in the order of the data.
-        positions: "all" stores one row per token, "last" one per sequence.
+        stored: Rows to store of each sequence; none of some, but not of all.
         batch_tokens: Padded tokens allowed in a batch. A longer sequence gets a batch of its own.
         shard_rows: Rows allowed in a shard. A longer sequence gets a shard of its own. A shard also ends after
-            64 * batch_tokens tokens, which matters where few positions are stored.
+            64 * batch_tokens tokens, which matters where few positions are stored; but every shard stores a row, so
+            sequences of which nothing is stored join the next one of which something is (at the end, the last shard).
 
     Raises:
-        DataError: A setting out of range.
+        DataError: A setting out of range, counts that do not fit the lengths, an empty sequence, no row to store.
     """
-    if positions not in ("all", "last"):
-        raise DataError(f"positions must be 'all' or 'last'; got {positions!r}")
+    if stored is None:
+        stored = np.ones(len(lengths), np.int64) if positions == "last" else lengths
     for name, value in (("batch_tokens", batch_tokens), ("shard_rows", shard_rows)):
         if value < 1:
             raise DataError(f"{name} must be at least 1; got {value}")
-    sizes = np.asarray(lengths, dtype=np.int64)
-    stored = sizes if positions == "all" else np.ones_like(sizes)
+    sizes, kept = np.asarray(lengths, dtype=np.int64), np.asarray(stored, dtype=np.int64)
+    _check(sizes, kept)
+    rows, tokens = _sums(kept), _sums(sizes)
     shards: list[Shard] = []
-    first_row = 0
-    for index, (start, stop) in enumerate(_cuts(sizes, stored, shard_rows, SHARD_TOKENS_PER_BATCH * batch_tokens)):
-        rows = int(stored[start:stop].sum())
-        batches = tuple(_batches(sizes, start, stop, batch_tokens))
-        shards.append(Shard(index, start, stop - start, first_row, rows, int(sizes[start:stop].sum()), batches))
-        first_row += rows
-    return Plan(tuple(shards), sizes, positions)
+    for index, (start, stop) in enumerate(_cuts(rows, tokens, shard_rows, SHARD_TOKENS_PER_BATCH * batch_tokens)):
+        first_row, n_rows, n_tokens = int(rows[start]), int(rows[stop] - rows[start]), int(tokens[stop] - tokens[start])
+        batches = batches_of(sizes[start:stop], start, batch_tokens)
+        shards.append(Shard(index, start, stop - start, first_row, n_rows, n_tokens, batches))
+    return Plan(tuple(shards), sizes, kept, positions)
 
 
-def _cuts(sizes: IntArray, stored: IntArray, max_rows: int, max_tokens: int) -> Iterator[tuple[int, int]]:
-    """Ranges of sequences whose rows and tokens stay within the limits (one sequence at least)."""
-    start = rows = tokens = 0
-    for number, (size, kept) in enumerate(zip(sizes.tolist(), stored.tolist(), strict=True)):
-        if number > start and (rows + kept > max_rows or tokens + size > max_tokens):
-            yield start, number
-            start, rows, tokens = number, 0, 0
-        rows += kept
-        tokens += size
-    if len(sizes):
-        yield start, len(sizes)
+def _check(sizes: IntArray, kept: IntArray) -> None:
+    if sizes.shape != kept.shape or sizes.ndim != 1:
+        raise DataError(f"stored must have one count per sequence ({sizes.shape}); got {kept.shape}")
+    if len(sizes) and sizes.min() < 1:
+        raise DataError(f"sequence {int(sizes.argmin())} has no token; every sequence needs one")
+    wrong = np.flatnonzero((kept < 0) | (kept > sizes))
+    if len(wrong):
+        number = int(wrong[0])
+        raise DataError(f"{kept[number]} rows cannot be stored of sequence {number}, which has {sizes[number]} tokens")
+    if len(kept) and not kept.any():
+        raise DataError("no row is to be stored of any sequence; select at least one position")
 
 
-def _batches(sizes: IntArray, start: int, stop: int, batch_tokens: int) -> Iterator[IntArray]:
-    """Sequences of one shard, longest first, in groups whose padded size stays within the budget."""
-    order = start + np.argsort(-sizes[start:stop], kind="stable")
-    first = 0
-    while first < len(order):
-        count = max(1, batch_tokens // int(sizes[order[first]]))
-        yield np.sort(order[first : first + count])
-        first += count
+def _sums(counts: IntArray) -> IntArray:
+    """Running sums with a 0 in front: [n + 1]."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+
+
+def _cuts(rows: IntArray, tokens: IntArray, max_rows: int, max_tokens: int) -> Iterator[tuple[int, int]]:
+    """Ranges of sequences whose rows and tokens stay within the limits (one sequence and one row at least).
+
+    Args:
+        rows: Stored rows before each sequence, and of all, [sequences + 1].
+        tokens: The same for tokens.
+        max_rows: Rows allowed in a range.
+        max_tokens: Tokens allowed in a range.
+    """
+    start, end = 0, len(rows) - 1
+    while start < end:
+        by_rows = int(np.searchsorted(rows, rows[start] + max_rows, side="right")) - 1
+        by_tokens = int(np.searchsorted(tokens, tokens[start] + max_tokens, side="right")) - 1
+        first_kept = int(np.searchsorted(rows, rows[start], side="right"))  # up to and with the first row
+        stop = max(min(by_rows, by_tokens), first_kept)
+        if rows[stop] == rows[end]:  # nothing is stored of what is left
+            stop = end
+        yield start, stop
+        start = stop
+
+
+def batches_of(lengths: Sequence[int] | IntArray, first: int, batch_tokens: int) -> tuple[IntArray, ...]:
+    """The batches of one shard: its sequences, longest first, in groups whose padded size stays within the budget.
+
+    Args:
+        lengths: Tokens of each sequence of the shard.
+        first: Number of its first sequence.
+        batch_tokens: Padded tokens allowed in a batch; a longer sequence is a batch of its own.
+
+    Returns:
+        Sequence numbers of each batch, ascending, in the order in which the batches are run.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-sizes, kind="stable")
+    longest, numbers = sizes[order].tolist(), order + first
+    batches, start = [], 0
+    while start < len(order):
+        count = max(1, batch_tokens // longest[start])
+        batches.append(np.sort(numbers[start : start + count]))
+        start += count
+    return tuple(batches)

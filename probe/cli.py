@@ -68,6 +68,10 @@ _FLAGS = {
     'overflow="truncate"': "--overflow truncate",
     "overflow='truncate'": "--overflow truncate",
     "text_column=": "--text-column ",
+    "do_sample=True": "--sample",
+    "do_sample=False": "no --sample",
+    "max_new_tokens": "--max-new-tokens",
+    "n_samples": "--samples",
     "batch_tokens": "--batch-tokens",
     "max_length=": "--max-length ",
 }
@@ -118,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"probe {__version__}")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_run, _add_capture, _add_cache, _add_sae, _add_patch):
+    for add in (_add_demo, _add_run, _add_capture, _add_generate, _add_cache, _add_sae, _add_patch):
         add(commands)
     for add in (_add_experts, _add_edit, _add_audit, _add_export):
         add(commands)
@@ -209,6 +213,35 @@ def _add_capture(commands: Any) -> None:
     )
     made.add_argument("--chat", action="store_true", help="wrap each text in the chat template")
     made.add_argument("--no-resume", action="store_true", help="refuse to go on with a cache that was begun before")
+
+
+def _add_generate(commands: Any) -> None:
+    example = "probe generate gpt2 --data prompts.jsonl --site 'blocks.*.hook_resid_post' --out acts/"
+    made = _add(commands, "generate", "continue prompts, and store activations of what is said", _generate, example)
+    _add_model(made)
+    made.add_argument("--data", type=Path, required=True, help="prompts: txt, json, jsonl, csv or parquet")
+    made.add_argument("--site", action="append", help="site or pattern; may be repeated; none keeps the texts alone")
+    made.add_argument("--out", type=Path, required=True, help="cache directory")
+    made.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    made.add_argument("--sample", action="store_true", help="draw tokens (default: the most probable one)")
+    made.add_argument("--temperature", type=float, default=1.0)
+    made.add_argument("--top-p", type=float, default=1.0)
+    made.add_argument("--top-k", type=int, default=0, metavar="N", help="0 draws from all tokens")
+    made.add_argument("--samples", type=int, default=1, metavar="N", help="continuations per prompt")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated")
+    made.add_argument("--no-eos", action="store_true", help="go on after an end-of-sequence token")
+    made.add_argument("--positions", choices=("all", "generated", "prompt", "last"), default="all")
+    made.add_argument("--pool", choices=("mean",), help="one row per sequence: the mean over these positions")
+    made.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="storage type (default: the model's)")
+    made.add_argument("--batch-tokens", type=int, default=8192, metavar="N")
+    made.add_argument("--shard-rows", type=int, metavar="N")
+    made.add_argument("--max-length", type=int, metavar="N", help="longest prompt and continuation in tokens")
+    made.add_argument("--text-column", default="text", metavar="NAME")
+    made.add_argument("--columns", nargs="*", metavar="NAME", help="label columns to keep (default: all)")
+    made.add_argument("--bos", action=argparse.BooleanOptionalAction, help="as in capture")
+    made.add_argument("--chat", action="store_true", help="wrap each prompt in the chat template")
+    made.add_argument("--no-resume", action="store_true", help="refuse to go on with what was begun before")
 
 
 def _add_cache(commands: Any) -> None:
@@ -398,6 +431,25 @@ def _storage_types(given: list[str] | None) -> Any:
     """None, one type, or a mapping of patterns to types; a type without a pattern is for all sites."""
     pairs = [(value.rpartition("=")[0] or "*", value.rpartition("=")[2]) for value in given or []]
     return pairs[0][1] if len(pairs) == 1 and pairs[0][0] == "*" else dict(pairs) or None
+
+
+def _generate(a: argparse.Namespace) -> int:
+    import activations_cache as ac
+
+    settings = {
+        "max_new_tokens": a.max_new_tokens, "do_sample": a.sample, "temperature": a.temperature, "top_p": a.top_p,
+        "top_k": a.top_k, "n_samples": a.samples, "seed": a.seed, "stop_strings": a.stop, "eos": not a.no_eos,
+        "batch_tokens": a.batch_tokens, "max_length": a.max_length, "text_column": a.text_column, "bos": a.bos,
+        "chat": a.chat, "resume": not a.no_resume, "columns": a.columns, "progress": _bars(),
+    }  # fmt: skip
+    if not a.site:
+        print(ac.generate(_load(a), a.data, out=a.out / "generations", **settings))
+        return 0
+    stored = {"positions": a.positions, "pool": a.pool, "dtype": a.dtype, "shard_rows": a.shard_rows}
+    cache = ac.capture_generation(_load(a), a.data, a.site, a.out, **settings, **stored)
+    print(ac.Generations.load(a.out))
+    print(cache.info())
+    return 0
 
 
 def _cache_info(a: argparse.Namespace) -> int:

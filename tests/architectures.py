@@ -29,9 +29,23 @@ LISTED = (
     "gpt_oss",
 )
 # architectures that the package has no code for: they come through TransformerLens's map alone
-FREE = ("qwen2_moe", "olmo2", "phi3", "stablelm", "granite", "opt", "phi", "deepseek_v3", "qwen3_moe_mixed")
+FREE = (
+    "qwen2_moe",
+    "olmo2",
+    "phi3",
+    "stablelm",
+    "granite",
+    "opt",
+    "phi",
+    "deepseek_v2",
+    "deepseek_v2_lite",
+    "deepseek_v3",
+    "deepseek_v3_groups",
+    "qwen3_moe_mixed",
+)
 ARCHITECTURES = LISTED + FREE
-MOE = ("mixtral", "olmoe", "qwen3_moe", "gpt_oss", "qwen2_moe", "deepseek_v3")
+MLA = ("deepseek_v2", "deepseek_v2_lite", "deepseek_v3", "deepseek_v3_groups")  # compressed attention: no q, k and v
+MOE = ("mixtral", "olmoe", "qwen3_moe", "gpt_oss", "qwen2_moe", *MLA)
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 96,
@@ -47,7 +61,20 @@ _COMMON: dict[str, Any] = {
     "attention_dropout": 0.0,
 }
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_MLA = {
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 24,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+    "first_k_dense_replace": 1,
+}
+_ONE_GROUP = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+_GROUPS = {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2}  # as released, but smaller
 
+UNSET = object()  # stands for a None that is passed on
 # name -> (class name, overrides of the common settings; a value of None drops the setting)
 _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoX", {"num_key_value_heads": None, "use_parallel_residual": True, "hidden_dropout": 0.0}),
@@ -85,6 +112,7 @@ _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 12,
             "sliding_window": 4,
             "intermediate_size": 32,  # as wide as the model, as in the released checkpoints
+            "swiglu_limit": 1.0,  # so low that it clamps
             "layer_types": ["sliding_attention", "full_attention"],
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
@@ -94,23 +122,13 @@ _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("StableLm", {"num_key_value_heads": 2}),
     "opt": ("OPT", {"num_key_value_heads": None, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}),
     "phi": ("Phi", {"num_key_value_heads": None}),
-    "deepseek_v3": (
-        "DeepseekV3",
-        {
-            "num_key_value_heads": 4,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24,
-            "n_group": 1,
-            "topk_group": 1,
-            "q_lora_rank": 8,
-            "kv_lora_rank": 8,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 8,
-            "v_head_dim": 12,
-            "first_k_dense_replace": 1,
-        },
+    "deepseek_v2": (
+        "DeepseekV2",
+        {**_MLA, **_GROUPS, "topk_method": "group_limited_greedy", "routed_scaling_factor": 2.0},
     ),
+    "deepseek_v2_lite": ("DeepseekV2", {**_MLA, **_ONE_GROUP, "topk_method": "greedy", "q_lora_rank": UNSET}),
+    "deepseek_v3": ("DeepseekV3", {**_MLA, **_ONE_GROUP}),
+    "deepseek_v3_groups": ("DeepseekV3", {**_MLA, **_GROUPS, "routed_scaling_factor": 2.5}),
     "granite": ("Granite", {"residual_multiplier": 0.5, "embedding_multiplier": 3.0, "logits_scaling": 2.0}),
 }
 
@@ -133,6 +151,7 @@ def tiny(architecture: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
     else:
         prefix, own = _SETTINGS[architecture]
         settings = {key: value for key, value in {**_COMMON, **own}.items() if value is not None}
+        settings = {key: None if value is UNSET else value for key, value in settings.items()}
         names = (f"{prefix}TextConfig" if prefix == "Gemma3" else f"{prefix}Config", f"{prefix}ForCausalLM")
     config = getattr(transformers, names[0])(**{**settings, **overrides})
     config._attn_implementation = "eager"
@@ -157,6 +176,9 @@ def perturb(model: nn.Module) -> None:
                 parameter.add_(torch.randn_like(parameter) * 0.3)  # gains and shifts of norms
             else:
                 parameter.normal_(0.0, 0.25)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # DeepSeek-V3's: chooses experts, does not weight them
+                buffer.normal_(0.0, 0.05)
 
 
 def checkpoint(architecture: str, folder: Path, **kwargs: Any) -> Path:

@@ -18,6 +18,8 @@ class Site:
         integer: True where the values are integers (the indices of the chosen experts).
         cacheable: False where a value is not a row per token (the attention pattern).
         aliases: other names that TransformerLens has for the same tensor, e.g. `blocks.3.attn.o.hook_in`.
+        dtype: "float32" where the model computes the values in that type whatever its own is (the weights of Mixtral's
+            experts, DeepSeek's router); None where they have the model's own.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Site:
     integer: bool = False
     cacheable: bool = True
     aliases: tuple[str, ...] = ()
+    dtype: str | None = None
 
     def __str__(self) -> str:
         return self.name

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from activations_cache.errors import SiteError
+from activations_cache.sites import absent
 from activations_cache.sites._types import Dims, Site
 from activations_cache.sites.adapter import bare
 from activations_cache.sites.layout import Layout, enumerate_sites, fused_tap
@@ -150,6 +151,9 @@ class Sites:
         return {layer % n for layer in wanted}
 
     def _unknown(self, name: str) -> SiteError:
+        why = absent.reason(self.layout, str(name))
+        if why is not None:
+            return SiteError(f"{type(self.layout.hf).__name__} has no site {str(name)!r}: {why}")
         known = [*self._sites, *self._alias]
         near = difflib.get_close_matches(str(name), known, n=4, cutoff=0.5)
         number = re.match(r"blocks\.(-?\d+)\.", str(name))

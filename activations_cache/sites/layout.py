@@ -144,6 +144,12 @@ class Layout:
         declared = self.child(layer, "mlp.gate")
         return moe.find_router(mlp[1], experts, None if declared is None else declared[1])
 
+    @cached_property
+    def router_types(self) -> tuple[str | None, str | None]:
+        """As `moe.router_types`, of the first router (all layers of a model have the same kind)."""
+        router = next((r for i in range(len(self.layers)) if (r := self.router(i)) is not None), None)
+        return (None, None) if router is None else moe.router_types(router, self.dims.d_model, self.hf.dtype)
+
     def mlp_out(self, layer: int) -> tuple[str, nn.Module] | None:
         """Name and module of W_out of a dense MLP (also of the dense layers among sparse ones)."""
         if self.experts(layer) is not None:
@@ -197,7 +203,7 @@ def split_index(module: nn.Module, split: Any, names: tuple[str, ...]) -> dict[s
         per name the child of `module` that computes it and the outputs of that child, in order.
 
     Raises:
-        SiteError: if the function mixes outputs of different matrices.
+        SiteError: if the function mixes outputs of different matrices, or does not fit this configuration.
     """
     numbered: dict[str, nn.Module] = {}
     first, offsets = 0, {}
@@ -213,7 +219,14 @@ def split_index(module: nn.Module, split: Any, names: tuple[str, ...]) -> dict[s
     twin = shadow(module, {})
     twin._modules.update(numbered)
     found: dict[str, tuple[str, slice | Tensor]] = {}
-    for name, part in zip(names, split(twin), strict=True):
+    try:
+        outputs = split(twin)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise SiteError(
+            f"TransformerLens's map of {type(module).__name__} cannot tell {', '.join(names)} apart in their "
+            f"common matrix for this configuration ({error}); hook_z and the residual stream do not depend on it"
+        ) from error
+    for name, part in zip(names, outputs, strict=True):
         rows = part.weight.detach()[:, 0].long()  # [outputs of this part]
         child_name = next(n for n, span in offsets.items() if int(rows[0]) in span)
         index = rows - offsets[child_name].start
@@ -349,16 +362,19 @@ def _expert_sites(layout: Layout, layer: int) -> Iterator[tuple[Site, Tap | None
     if block is None or experts is None:
         return
     prefix = f"blocks.{layer}.mlp.hook_"
+    types = layout.router_types
     if router is not None:
         item = int(getattr(layout.component("mlp.gate"), "logits_index", 0))
         declared = (f"blocks.{layer}.mlp.gate.hook_out",) if layout.child(layer, "mlp.gate") else ()
-        site = Site(prefix + "router_logits", layer, "router_logits", (moe.expert_count(experts),), aliases=declared)
+        shape = (moe.expert_count(experts),)
+        site = Site(prefix + "router_logits", layer, "router_logits", shape, aliases=declared, dtype=types[0])
         yield site, moe.RouterTap(site.name, block[1], router, item)
     top_k = layout.top_k()
     if top_k is None:
         return
     for kind, position in moe.ARGUMENTS.items():
-        site = Site(prefix + kind, layer, kind, (top_k,), integer=kind == "expert_indices")
+        integer = kind == "expert_indices"
+        site = Site(prefix + kind, layer, kind, (top_k,), integer=integer, dtype=None if integer else types[1])
         yield site, moe.ExpertsTap(site.name, block[1], experts, position)
 
 

@@ -7,6 +7,7 @@ returned logits changes nothing where the router has chosen already, so a replac
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -116,8 +117,9 @@ class ExpertsTap:
 class ExpertOutTap:
     """What each chosen expert gives for a token, before its weight: `[batch, pos, top_k, d_model]`.
 
-    The experts' module adds the weighted outputs up without ever holding them apart, so it is run once more per slot,
-    on that slot's expert with a weight of one. A replacement is weighted and added up here.
+    The experts' module adds the weighted outputs up without ever holding them apart, so it is run once more, on every
+    pair of a token and one of its experts, with weights of one: as many products again as the layer's experts cost, and
+    none of it unless this site is asked for. A replacement is weighted and added up here.
     """
 
     name: str
@@ -130,9 +132,9 @@ class ExpertOutTap:
         def hook(experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             bound = inspect.signature(experts.forward).bind(*args, **kwargs)
             hidden, index, weights = list(bound.arguments.values())[:3]  # [rows, d_model], [rows, top_k] twice
-            one = torch.ones_like(weights[:, :1])
-            slots = [experts.forward(hidden, index[:, k : k + 1], one) for k in range(index.shape[1])]
-            each = torch.stack(slots, dim=1)  # [rows, top_k, d_model]
+            one = torch.ones_like(weights).reshape(-1, 1)  # [rows * top_k, 1]
+            pairs = hidden.repeat_interleave(index.shape[1], dim=0)  # [rows * top_k, d_model]
+            each = experts.forward(pairs, index.reshape(-1, 1), one).reshape(*index.shape, -1)  # [rows, top_k, d_model]
             value = each.reshape(*tokens.shape, *each.shape[1:])
             new = checked(call, value, self.name)
             if new is None or (new is value and not value.requires_grad):
@@ -162,6 +164,23 @@ def find_router(block: nn.Module, experts: nn.Module, declared: nn.Module | None
         if child is not experts and isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[0] == n_experts:
             return child
     return None
+
+
+def router_types(router: nn.Module, d_model: int, model_type: torch.dtype) -> tuple[str | None, str | None]:
+    """The types of a router's logits and weights where they are float32 in a model of another type, else None.
+
+    The router's own code says so, on a copy without numbers (the meta device); what it does not return, or what cannot
+    run without numbers, is taken to have the model's type.
+    """
+    twin = copy.deepcopy(router).to("meta")
+    try:
+        output = type(router).forward(twin, torch.empty(1, d_model, dtype=model_type, device="meta"))
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
+        return None, None
+    parts = output if isinstance(output, tuple) else (output,)
+    types = [p.dtype if isinstance(p, Tensor) and p.dtype != model_type else None for p in parts]
+    logits, weights = ("float32" if kind == torch.float32 else None for kind in (*types, None, None)[:2])
+    return logits, weights
 
 
 def expert_count(experts: nn.Module) -> int:

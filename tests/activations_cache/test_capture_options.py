@@ -125,7 +125,9 @@ def test_columns_per_token_follow_their_tokens(tmp_path: Path):
     ]
     names = ("depth", "loud", "kind", "score")
     cache = small(tmp_path / "acts", data, positions=chosen(rows), token_columns=names)
-    flat = [(row[name][i]) for name in names for row, m in zip(data, chosen(rows), strict=True) for i in np.flatnonzero(m)]
+    flat = [
+        (row[name][i]) for name in names for row, m in zip(data, chosen(rows), strict=True) for i in np.flatnonzero(m)
+    ]
     found = [value for name in names for value in cache.rows[name].tolist()]
     assert found == flat
     assert cache.labels("kind").tolist() == cache.rows["kind"].tolist()

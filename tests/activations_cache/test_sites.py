@@ -152,6 +152,71 @@ def test_a_parallel_block_has_no_middle() -> None:
         sites.Sites(zoo.tiny("gpt_neox"))["blocks.0.hook_resid_mid"]
 
 
+@pytest.mark.parametrize(
+    ("architecture", "name", "why"),
+    [
+        ("deepseek_v2", "blocks.1.attn.hook_q", "compressed"),
+        ("deepseek_v2_lite", "blocks.*.attn.hook_q", "compressed"),
+        ("deepseek_v3", "blocks.*.attn.hook_v", "compressed"),
+        ("gpt_neox", "blocks.1.hook_resid_mid", "parallel block"),
+        ("phi", "blocks.*.hook_resid_mid", "parallel block"),
+        ("mixtral", "blocks.0.mlp.hook_post", "mixtures of experts"),
+        ("qwen3_moe_mixed", "blocks.1.mlp.hook_pre", "mixtures of experts"),
+        ("qwen3_moe_mixed", "blocks.0.mlp.hook_expert_out", "layer 0 is dense"),
+        ("llama", "blocks.*.mlp.hook_router_logits", "no layer is a mixture"),
+    ],
+)
+def test_what_an_architecture_cannot_have_is_said(architecture: str, name: str, why: str) -> None:
+    with pytest.raises(SiteError, match=why):
+        sites.Sites(zoo.tiny(architecture)).resolve(name)
+
+
+def test_a_fused_matrix_that_the_map_cannot_split() -> None:
+    """Falcon's newer layout interleaves groups of heads, which TransformerLens 3.9's map does not know."""
+    import transformers
+
+    config = transformers.FalconConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        new_decoder_architecture=True, num_kv_heads=2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    falcon = transformers.FalconForCausalLM(config).eval()
+    inputs = zoo.inputs()
+    with pytest.raises(SiteError, match="cannot tell q, k, v apart"):
+        sites.run(falcon, inputs, read="blocks.0.attn.hook_q")
+    assert hook_count(falcon) == 0
+    assert sites.run(falcon, inputs, read="blocks.0.hook_resid_post")["blocks.0.hook_resid_post"].shape == (3, 9, 32)
+
+
+@pytest.mark.parametrize("family", ["Bloom", "Cohere"])
+def test_what_attention_and_mlp_add(family: str) -> None:
+    """Bloom's modules return their output with the residual added; Cohere's block is parallel. The sites are the sums'
+    terms all the same: the last linear maps' own outputs, by hooks of our own."""
+    import transformers
+
+    kinds = {"Bloom": {"n_head": 4, "n_layer": 2}, "Cohere": {"num_attention_heads": 4, "num_hidden_layers": 2,
+             "intermediate_size": 48, "num_key_value_heads": 2}}  # fmt: skip
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=96, hidden_size=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, **kinds[family]
+    )
+    config._attn_implementation = "eager"
+    hf = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    zoo.perturb(hf)
+    parts = {"Bloom": ("self_attention.dense", "mlp.dense_4h_to_h"), "Cohere": ("self_attn.o_proj", "mlp.down_proj")}
+    block = (hf.transformer.h if family == "Bloom" else hf.model.layers)[1]
+    seen: list[Tensor] = []
+    handles = [
+        block.get_submodule(p).register_forward_hook(lambda _m, _i, out: seen.append(out)) for p in parts[family]
+    ]
+    names = [f"blocks.1.hook_{kind}" for kind in ("resid_pre", "attn_out", "mlp_out", "resid_post")]
+    run = sites.run(hf, zoo.inputs(), read=names, stop=False)
+    for handle in handles:
+        handle.remove()
+    before, attn, mlp, after = (run[name] for name in names)
+    assert torch.equal(attn, seen[0])
+    assert torch.equal(mlp, seen[1])
+    torch.testing.assert_close(before + attn + mlp, after)
+
+
 # -------------------------------------------------------------------- what is no model
 
 

@@ -251,7 +251,7 @@ def test_a_checkpoint_on_disk_gives_the_same_sites(architecture: str, tmp_path: 
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("architecture", [name for name in zoo.ARCHITECTURES if name != "deepseek_v3"])
+@pytest.mark.parametrize("architecture", [name for name in zoo.ARCHITECTURES if name not in zoo.MLA])
 def test_a_pattern_is_replaced(architecture: str, implementation: str) -> None:
     """Attention to the token itself alone: z is then v, spread over the query heads that share it."""
     hf = model(architecture)

@@ -166,7 +166,7 @@ def test_heads(architecture: str) -> None:
     torch.testing.assert_close(hf(**inputs).logits, silent, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", [name for name in zoo.ARCHITECTURES if name != "deepseek_v3"])
+@pytest.mark.parametrize("architecture", [name for name in zoo.ARCHITECTURES if name not in zoo.MLA])
 @pytest.mark.parametrize("kind", ["q", "k", "v"])
 def test_query_key_value(architecture: str, kind: str) -> None:
     """Doubling the outputs of one matrix doubles its site and leaves the others."""
@@ -189,7 +189,7 @@ def test_experts(architecture: str) -> None:
     hf, inputs = zoo.tiny(architecture), zoo.inputs()
     parts = sites.components(hf, 1)
     named = parameters(hf)
-    n, d_expert = 4, sites.Sites(hf).dims.d_expert
+    n, d_expert = sites.Sites(hf).dims.n_experts, sites.Sites(hf).dims.d_expert
     for part, in_features in ((parts.W_gate, 32), (parts.W_in, 32), (parts.W_out, d_expert)):
         weight = named[part.name]
         assert weight.shape[part.expert_axis] == n

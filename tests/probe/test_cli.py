@@ -17,6 +17,7 @@ COMMANDS = [
     "demo",
     "run",
     "capture",
+    "generate",
     "cache",
     "cache info",
     "cache verify",
@@ -74,6 +75,28 @@ def test_capture_then_info_and_verify(files, capsys):
     assert "blocks.1.hook_resid_post" in capsys.readouterr().out
     assert main(["cache", "verify", str(folder / "acts")]) == 0
     assert "every byte" in capsys.readouterr().out
+
+
+def test_generate_texts_and_then_their_activations(files, tmp_path, capsys):
+    import activations_cache as ac
+
+    model, _ = files
+    (tmp_path / "prompts.jsonl").write_text('{"text": "Once upon a time", "n": 1}\n{"text": "Lily", "n": 2}\n')
+    command = ["generate", model, "--data", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "g")]
+    command += ["--max-new-tokens", "12", "--sample", "--temperature", "0.7", "--top-p", "0.9", "--samples", "2"]
+    assert main(command) == 0
+    assert "4 of 2 prompts" in capsys.readouterr().out
+    texts = ac.Generations.load(tmp_path / "g").texts
+    assert main([*command, "--site", "blocks.1.hook_resid_post", "--positions", "generated"]) == 0
+    assert "blocks.1.hook_resid_post" in capsys.readouterr().out
+    assert ac.Generations.load(tmp_path / "g").texts == texts
+    cache = ac.open(tmp_path / "g")
+    assert len(cache) == sum(len(row.ids) for row in ac.Generations.load(tmp_path / "g"))
+    assert list(cache.sequences["n"]) == [1, 1, 2, 2]
+    assert main([*command, "--seed", "1"]) == 2
+    assert "setting seed (0 there, 1 asked for)" in capsys.readouterr().err
+    assert main([*command[:6], "--out", str(tmp_path / "h"), "--temperature", "0.7"]) == 2
+    assert "pass --sample" in capsys.readouterr().err
 
 
 def test_verify_exits_with_1_on_a_flipped_byte(files, tmp_path, capsys):

@@ -1,0 +1,168 @@
+"""Filling shuffle buffers, in a background thread while the batches of the one before are drawn."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Int64, Shaped
+from torch import Tensor
+
+from activations_cache._gather import as_tensor, as_words
+from activations_cache._order import EpochOrder, IntArray, Layout, Units, generator
+from activations_cache.store import NUMPY_TYPES, AnyArray, SiteSpec
+
+
+class Readable(Protocol):
+    """What batches are read from: a cache's shards, or anything that joins or selects from them."""
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+
+    @property
+    def specs(self) -> Mapping[str, SiteSpec]:
+        """The sites."""
+
+    def read_into(self, site: str, start: int, out: AnyArray) -> None:
+        """Fill contiguous `out` [n, *shape] with the raw values of the rows from `start` on."""
+
+    def gather(self, site: str, rows: IntArray) -> AnyArray:
+        """Raw values [len(rows), *shape] of rows by number."""
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A filled shuffle buffer.
+
+    Attributes:
+        epoch: The epoch that it belongs to.
+        start: Units of the epoch before it.
+        stop: And after its last.
+        words: Per site the raw values of its rows, as machine words.
+        index: First row, within the buffer, of each unit, in the order in which they are drawn.
+        numbers: Row number of that row in the cache, if asked for.
+    """
+
+    epoch: int
+    start: int
+    stop: int
+    words: tuple[Shaped[Tensor, "rows words"], ...]
+    index: Int64[Tensor, " units"]
+    numbers: Int64[Tensor, " units"] | None
+
+
+class Filler:
+    """Fills buffers from a source.
+
+    Args:
+        source: Where values come from.
+        sites: Names of the sites.
+        rows: Row numbers to draw from; None for all.
+        units: What is drawn.
+        layout: Size of a buffer.
+        seed: Fixes the order in which a buffer's units are drawn; None keeps them in order.
+        slots: Buffers that are in use at a time.
+        with_numbers: Whether buffers carry row numbers.
+    """
+
+    def __init__(
+        self,
+        source: Readable,
+        sites: Sequence[str],
+        rows: IntArray | None,
+        units: Units,
+        layout: Layout,
+        seed: int | None,
+        slots: int,
+        with_numbers: bool,
+    ) -> None:
+        self.source, self.rows, self.units, self.layout = source, rows, units, layout
+        self.seed, self.slots, self.with_numbers = seed, slots, with_numbers
+        self.specs = [source.specs[site] for site in sites]
+        self.stopped = threading.Event()
+        self._memory: dict[int, list[AnyArray]] = {}
+
+    def fill(self, slot: int, order: EpochOrder, number: int) -> Buffer:
+        """Fill one slot with one buffer of an epoch. What the slot held before is gone."""
+        places, counts = self.units.spans(*order.blocks_of(number))
+        held, done = self._slot(slot), 0
+        for place, rows in zip(places.tolist(), (counts + self.units.width - 1).tolist(), strict=True):
+            if self.stopped.is_set():
+                break  # nobody waits for this buffer any more
+            for spec, values in zip(self.specs, held, strict=True):
+                self._read(spec.name, place, values[done : done + rows])
+            done += rows
+        words = tuple(
+            as_words(as_tensor(values[:done], spec.dtype)) for spec, values in zip(self.specs, held, strict=True)
+        )
+        start, stop = order.bounds[number : number + 2].tolist()
+        return Buffer(order.epoch, start, stop, words, *self._order(places, counts, order.epoch, number))
+
+    def _slot(self, slot: int) -> list[AnyArray]:
+        if slot not in self._memory:
+            rows = self.layout.rows
+            self._memory[slot] = [np.empty((rows, *spec.shape), NUMPY_TYPES[spec.dtype]) for spec in self.specs]
+        return self._memory[slot]
+
+    def _order(self, places: IntArray, counts: IntArray, epoch: int, number: int) -> tuple[Tensor, Tensor | None]:
+        """Where each unit begins in the buffer, and its row's number in the cache, in the order of drawing."""
+        units = int(counts.sum())
+        index = np.arange(units) if self.seed is None else generator(self.seed, epoch, number + 1).permutation(units)
+        before = np.cumsum(counts) - counts  # units before each span
+        numbers = None
+        if self.with_numbers:
+            listed = index + np.repeat(places - before, counts)[index]
+            numbers = torch.from_numpy(listed if self.rows is None else self.rows[listed])
+        if self.units.width > 1:  # each span also holds the rest of its last unit
+            index += np.repeat(np.arange(len(counts)) * (self.units.width - 1), counts)[index]
+        return torch.from_numpy(index), numbers
+
+    def _read(self, site: str, place: int, out: AnyArray) -> None:
+        """Read the rows at `place` and after of the list of rows: whole runs where there are, else one by one."""
+        if self.rows is None:
+            self.source.read_into(site, place, out)
+            return
+        chosen = self.rows[place : place + len(out)]
+        breaks = [0, *(np.flatnonzero(np.diff(chosen) != 1) + 1).tolist(), len(chosen)]
+        if len(breaks) - 1 > max(1, len(chosen) // 16):
+            out[...] = self.source.gather(site, chosen)
+            return
+        for start, stop in zip(breaks[:-1], breaks[1:], strict=True):
+            self.source.read_into(site, int(chosen[start]), out[start:stop])
+
+    def buffers(self, tasks: Iterator[tuple[EpochOrder, int]], ahead: int) -> Iterator[Buffer]:
+        """Fill after fill, up to `ahead` of them in a thread before they are asked for.
+
+        A buffer is valid until the next is asked for. What a fill raises is raised here; closing the iterator ends the
+        thread.
+        """
+        jobs: Iterator[Callable[[], Buffer]] = (
+            _job(self.fill, count % self.slots, *task) for count, task in enumerate(tasks)
+        )
+        if not ahead:
+            for job in jobs:
+                yield job()
+            return
+        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="activations-cache-prefetch")
+        try:
+            waiting = deque[Future[Buffer]]()
+            for job in jobs:
+                waiting.append(pool.submit(job))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            self.stopped.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _job(fill: Callable[..., Buffer], *arguments: Any) -> Callable[[], Buffer]:
+    return lambda: fill(*arguments)
