@@ -1,7 +1,7 @@
 """Forwards with hooks on the sites: each value is cut to the stored rows, checked, cast and measured as it appears.
 
-On a GPU nothing here waits for the device: values, extremes and moments are copied to pinned memory on a stream of their
-own while the next forward runs, and are looked at when the writer asks for them.
+On a GPU nothing here waits for the device: values, extremes and moments are copied to pinned memory on a stream of
+their own while the next forward runs, and are looked at when the writer asks for them.
 """
 
 from __future__ import annotations
@@ -266,9 +266,9 @@ class _Pending:
         limit = LARGEST[self.spec.dtype]
         if largest <= limit:
             return
-        bad = ~(self.stored.flatten(1).float().abs() <= limit).all(1)  # what is too large is infinite when stored
-        if not bool(bad.any()):
-            return  # above the limit by less than its rounding
+        size = self.stored.flatten(1).float().abs()
+        bad = ~(size <= limit).all(1)  # what is too large is infinite when stored, or was rounded down to the limit
+        bad = bad if bool(bad.any()) else (size == limit).any(1)
         name, where = self.spec.name, f"in sequence {int(self.sequences[int(bad.nonzero()[0])])}"
         if math.isnan(largest):
             raise NumericsError(f"{name} is NaN {where}; check the model's weights and the input")

@@ -1,4 +1,4 @@
-"""The ledger: the manifest of a cache that is being written. Only it names shards; what it does not name is not there."""
+"""The ledger: the manifest of a cache that is being written. A shard that it does not name is not there."""
 
 from __future__ import annotations
 

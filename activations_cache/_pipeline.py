@@ -1,4 +1,4 @@
-"""One thread runs forwards; another places their rows in the shard's buffer and writes the shard with its last batch."""
+"""One thread runs forwards; another places their rows in a buffer and writes the shard with its last batch."""
 
 from __future__ import annotations
 

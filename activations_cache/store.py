@@ -198,7 +198,7 @@ class ShardBuffer:
 
     def __post_init__(self) -> None:
         self.offsets = np.concatenate([[0], np.cumsum(self.stored)])
-        self.placed = dict.fromkeys((*self.sites, LOGPROB), 0)
+        self.placed = dict.fromkeys((*self.sites, *({LOGPROB} & set(self.fields))), 0)
 
     @property
     def rows(self) -> int:

@@ -387,7 +387,7 @@ def test_a_resume_under_another_version_warns(tmp_path: Path, monkeypatch: pytes
         ({"max_length": 65}, DataError, "max_length=65 is more than the context of this model, 64"),
         ({"batch_tokens": 0}, DataError, "batch_tokens must be at least 1"),
         ({"shard_rows": 0}, DataError, "shard_rows must be at least 1"),
-        ({"positions": "first"}, DataError, "positions must be 'all' or 'last'"),
+        ({"positions": "first"}, DataError, "positions must be one of all, last, answer, mask"),
         ({"dtype": "int8"}, DataError, "dtype must be one of float16, bfloat16, float32"),
         ({"columns": ["absent"]}, DataError, "no column 'absent'"),
         ({"sites": "blocks.7.hook_resid_post"}, SiteError, "blocks.7"),

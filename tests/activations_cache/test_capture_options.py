@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import activations_cache as ac
 from activations_cache.errors import CacheMismatchError, DataError, NumericsError, SiteError
 from tests.activations_cache.caches import by_hand, contents, llama, small, token_rows
 from tests.architectures import tiny
@@ -42,7 +41,7 @@ def test_a_mask_stores_the_marked_positions_alone(tmp_path: Path):
     torch.testing.assert_close(cache[SITE][:], expected, rtol=1e-5, atol=1e-6)
     assert raw(tmp_path / "acts", "rows/position").tolist() == [i for mask in masks for i, on in enumerate(mask) if on]
     assert [ids.tolist() for ids in cache.sequences["input_ids"]] == rows
-    assert len(cache.manifest["shards"]) > 2
+    assert len(cache.manifest["shards"]) == 2
     assert cache.verify() == []
 
 
@@ -131,7 +130,7 @@ def test_columns_per_token_follow_their_tokens(tmp_path: Path):
     found = [value for name in names for value in cache.rows[name].tolist()]
     assert found == flat
     assert cache.labels("kind").tolist() == cache.rows["kind"].tolist()
-    assert sorted(cache.manifest["data"]["token_columns"]["kind"]["categories"]) == ["even", "odd"]
+    assert sorted(cache.manifest["data"]["token_columns"]["kind"]["categories"]) == ["", "even", "odd"]
     assert raw(tmp_path / "acts", "rows/depth").tolist() == cache.rows["depth"].tolist()
 
 
@@ -179,12 +178,12 @@ def test_exactly_the_tokens_that_were_asked_for(tmp_path: Path):
 @pytest.mark.parametrize("compression", ["gzip", "lzf"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_compressed_cache_holds_the_same_values(compression: str, dtype: str, tmp_path: Path):
-    rows = [[5] * 300] * 4
+    rows = [[5] * 60] * 20
     settings = {"batch_tokens": 600, "shard_rows": 600, "dtype": dtype}
     plain = small(tmp_path / "plain", rows, **settings)
     cache = small(tmp_path / "acts", rows, compression=compression, **settings)
     assert torch.equal(cache[SITE][:], plain[SITE][:])
-    assert torch.equal(cache[SITE][[700, 3, 3]], plain[SITE][[700, 3, 3]])
+    assert torch.equal(cache[SITE][[200, 3, 3]], plain[SITE][[200, 3, 3]])
     assert np.array_equal(raw(tmp_path / "acts", f"sites/{SITE}"), raw(tmp_path / "plain", f"sites/{SITE}"))
     assert cache.verify() == []
     assert cache.nbytes < plain.nbytes
