@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from activations_cache._batches import as_tensor
-from activations_cache._reader import BLOCK_BYTES, Reader, row_numbers, torch_type
+from activations_cache._batches import as_tensor, torch_type
+from activations_cache._reader import BLOCK_BYTES, Reader, chosen_rows
 from activations_cache._shards import IntArray, read
 from activations_cache.errors import CacheError, DataError, NumericsError
 from activations_cache.store import PARTIAL, TORCH_TYPES, fsync
@@ -54,7 +54,7 @@ def export(
     kind = torch_type(dtype) or TORCH_TYPES[spec.dtype]
     if spec.floating != kind.is_floating_point:
         raise DataError(f"{spec.name} holds {spec.dtype}; it cannot be exported as {_name(kind)}")
-    chosen = None if rows is None else _chosen(rows, len(reader))
+    chosen = None if rows is None else chosen_rows(rows, len(reader))
     shape = (len(reader) if chosen is None else len(chosen), *spec.shape)
     header = _header(reader, spec.name, path, kind, shape)
     if path.exists() and (not overwrite or path.is_dir()):
@@ -66,12 +66,6 @@ def export(
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _chosen(rows: Any, total: int) -> IntArray:
-    if isinstance(rows, slice):
-        return np.arange(total)[rows]
-    return np.atleast_1d(row_numbers(rows, total)).reshape(-1)
 
 
 def _header(reader: Reader, site: str, path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:

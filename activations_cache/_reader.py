@@ -20,7 +20,7 @@ from activations_cache import _info
 from activations_cache._batches import DEFAULT_BUFFER_BYTES, Batches, as_tensor
 from activations_cache._shards import Source, read
 from activations_cache.errors import DataError, SiteError
-from activations_cache.store import TORCH_TYPES, Moments, SiteSpec
+from activations_cache.store import TORCH_TYPES, Moments, SiteSpec, json_digest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -165,16 +165,11 @@ def row_numbers(rows: Any, total: int, what: str = "row") -> npt.NDArray[np.int6
     return np.where(index < 0, index + total, index).astype(np.int64)
 
 
-def torch_type(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A torch type from itself or its name.
-
-    Raises:
-        DataError: Neither.
-    """
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not isinstance(found, torch.dtype):
-        raise DataError(f"dtype must be a torch type or the name of one; got {dtype!r}")
-    return found
+def chosen_rows(rows: Any, total: int) -> npt.NDArray[np.int64]:
+    """Row numbers [n] as `row_numbers` takes them, or from a slice."""
+    if isinstance(rows, slice):
+        return np.arange(total)[rows]
+    return row_numbers(rows, total).reshape(-1)
 
 
 class Lazy(Mapping[str, Value]):
@@ -386,7 +381,7 @@ class Reader:
 
     def batches(
         self,
-        site: str,
+        site: str | Sequence[str],
         batch_size: int = 4096,
         seed: int = 0,
         epochs: int | None = 1,
@@ -397,23 +392,34 @@ class Reader:
         drop_last: bool = False,
         buffer_bytes: int = DEFAULT_BUFFER_BYTES,
         device: torch.device | str | None = None,
+        consecutive: int = 1,
+        prefetch: bool | int = True,
+        part: tuple[int, int] | None = None,
+        with_rows: bool = False,
     ) -> Batches:
-        """Batches of a site's rows, shuffled by blocks through a buffer in RAM.
+        """Batches of rows, shuffled by blocks through a buffer in RAM that is filled in the background.
 
         Args:
-            site: Site name or alias.
-            batch_size: Rows per batch.
+            site: Site name or alias; a sequence of them for tuples of tensors of the same rows.
+            batch_size: Rows (or windows) per batch.
             seed: Fixes the order, together with the number of the epoch.
             epochs: Times through the rows; None goes on for ever.
             dtype: Type of the batches, e.g. torch.float32 or "float32"; None keeps the storage type.
-            rows: Draw from these rows alone: row numbers or a boolean mask.
+            rows: Draw from these rows alone: row numbers, a slice, or a boolean mask. `shuffle=False` keeps their
+                order.
             shuffle: False gives the rows in order.
             drop_last: Leave out an epoch's last batch if it is smaller than the others.
-            buffer_bytes: RAM for the shuffle buffer, 64 MiB by default. More mixes better.
+            buffer_bytes: RAM for the shuffle buffers, 64 MiB by default. More mixes better.
             device: Where the batches go.
+            consecutive: n above 1 gives windows [batch, n, *shape] of n neighbouring positions of one sequence.
+            prefetch: Buffers filled ahead by a background thread; False fills when needed.
+            part: (rank, world): the rank-th of `world` disjoint parts of the rows.
+            with_rows: Append the row numbers to each batch.
 
         Returns:
-            An iterable of tensors [batch_size, *shape]; every row comes once per epoch.
+            An iterable of tensors [batch_size, *shape] (tuples of them for several sites or `with_rows`), and a torch
+            `IterableDataset`; every row comes once per epoch. `state_dict` and `load_state_dict` go on from the middle
+            of an epoch.
 
         Raises:
             SiteError: The cache does not hold the site.
@@ -421,21 +427,24 @@ class Reader:
             CorruptCacheError: A shard is missing, truncated or another's (while iterating). Altered bytes are not
                 looked for here; `verify` finds them.
         """
-        spec = self.spec(site)
-        numbers = None if rows is None else np.sort(row_numbers(rows, len(self)).reshape(-1))
+        sites = self.spec(site).name if isinstance(site, str) else tuple(self.spec(name).name for name in site)
         return Batches(
             self._source,
-            spec.name,
-            spec.dtype,
+            sites,
+            dtype,
             batch_size=batch_size,
             seed=seed,
             epochs=epochs,
-            cast=torch_type(dtype),
-            rows=numbers,
+            rows=None if rows is None else chosen_rows(rows, len(self)),
             shuffle=shuffle,
             drop_last=drop_last,
             buffer_bytes=buffer_bytes,
             device=device,
+            consecutive=consecutive,
+            prefetch=prefetch,
+            part=part,
+            with_rows=with_rows,
+            fingerprint=json_digest([self.rows_key, *self.identities]),
         )
 
     # --- statistics -------------------------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ def _table_types(path: Path, separator: str, known: Mapping[str, Any]) -> dict[s
         path, sep=separator, dtype=dict(known), keep_default_na=False, low_memory=False, chunksize=16 * CHUNK_ROWS
     ) as frames:
         for frame in frames:
-            for name, kind in frame.dtypes.items():
+            for name, kind in zip(map(str, frame.columns), frame.dtypes, strict=True):
                 held = found.setdefault(name, kind)
                 if held != kind:
                     found[name] = np.dtype(np.float64) if {held.kind, kind.kind} == {"i", "f"} else str
