@@ -10,11 +10,12 @@ import errno
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from activations_cache import _device, hashing
+from activations_cache import _device, _parallel, hashing
 from activations_cache._job import Job, Request, StorageTypes, check_bytes, held_manifest, prepare
 from activations_cache._ledger import Ledger
 from activations_cache._pipeline import run_shards
@@ -146,14 +147,23 @@ def capture(
         text_column=text_column,
         progress=progress,
     )
-    job = prepare(asked)
-    warn_of_data(job)
+    world = _parallel.world()
+    if world is not None:
+        _parallel.run(world, lambda: _prepared(asked), resume, progress)
+        return open_cache(out)
+    job = _prepared(asked)
     held = held_manifest(job, resume)
     if held is None or not held["finished"]:
-        run(job, progress)
+        _run(job, progress)
     else:
         check_bytes(job, held, progress)
     return open_cache(out)
+
+
+def _prepared(asked: Request) -> Job:
+    job = prepare(asked)
+    warn_of_data(job)
+    return job
 
 
 def warn_of_data(job: Job) -> None:
@@ -166,13 +176,9 @@ def warn_of_data(job: Job) -> None:
         warnings.warn(f"columns left out of the cache, no labels can be had of them: {reasons}", stacklevel=3)
 
 
-def run(job: Job, progress: bool) -> None:
-    """Do what is not done yet, alone in the directory.
-
-    Raises:
-        CacheError: The directory cannot be written, or the disk is full.
-    """
-    try:
+def _run(job: Job, progress: bool) -> None:
+    """Do what is not done yet, alone in the directory."""
+    with disk_errors(job):
         job.out.mkdir(parents=True, exist_ok=True)
         with writer_lock(job.out):
             ledger = Ledger(job, progress)
@@ -181,8 +187,6 @@ def run(job: Job, progress: bool) -> None:
             except BaseException as error:
                 _say_how_to_go_on(job, ledger, error, progress)
                 raise
-    except OSError as error:
-        raise unwritable(job, error) from error
 
 
 def _capture(job: Job, ledger: Ledger, progress: bool) -> None:
@@ -194,12 +198,20 @@ def _capture(job: Job, ledger: Ledger, progress: bool) -> None:
         run_shards(job, ledger.todo, ledger.commit, bar.update)
 
 
-def unwritable(job: Job, error: OSError) -> CacheError:
-    """What to say of a directory that cannot be written."""
-    return CacheError(
-        f"{job.out} cannot be written: {_cause(job, error)}. What was committed is intact: make room or give "
-        "access, and run the same capture again to go on"
-    )
+@contextmanager
+def disk_errors(job: Job) -> Iterator[None]:
+    """Turn the system's errors about a job's directory into our own.
+
+    Raises:
+        CacheError: It cannot be written, or the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CacheError(
+            f"{job.out} cannot be written: {_cause(job, error)}. What was committed is intact: make room or give "
+            "access, and run the same capture again to go on"
+        ) from error
 
 
 def _cause(job: Job, error: OSError) -> str:

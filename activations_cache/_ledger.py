@@ -50,20 +50,20 @@ class Ledger:
         """Shards that are not, in order."""
         return self.job.plan.shards[self.done :]
 
-    def commit(self, entry: ShardEntry, moments: Mapping[str, Moments] | None = None) -> None:
+    def commit(self, shard: Shard, entry: ShardEntry, moments: Mapping[str, Moments]) -> None:
         """Name a durable shard in the manifest; with the last one the index is written, and the cache is finished.
 
         Args:
-            entry: The shard, which must be the next of the plan.
-            moments: Its statistics; None reads them from the file.
+            shard: The shard's place in the plan, which must be the next one.
+            entry: Its file.
+            moments: Its statistics.
 
         Raises:
-            ValueError: Another shard's turn.
+            ValueError: It is another shard's turn.
         """
-        expected = self.job.plan.shards[self.done]
-        if entry.file != expected.file:
-            raise ValueError(f"{entry.file} cannot be committed before {expected.file}")
-        self._merge(read_moments(self.job.out / entry.file, self.job.specs) if moments is None else moments)
+        if shard.index != self.done:
+            raise ValueError(f"shard {shard.index} cannot be committed where {self.done} is the next")
+        self._merge(moments)
         last = self.done + 1 == len(self.job.plan.shards)
         manifest = {
             **self.manifest,

@@ -14,10 +14,10 @@ from activations_cache.store import Moments, ShardBuffer, ShardEntry, write_shar
 
 QUEUED_BATCHES = 2  # batches that may wait for the writer while the next forward runs
 
-Written = Callable[[ShardEntry, Mapping[str, Moments]], None]
+Written = Callable[[Shard, ShardEntry, Mapping[str, Moments]], None]
 
 
-def forward(job: Job) -> Forward:
+def forward_of(job: Job) -> Forward:
     """The forwards of a capture, as a context manager."""
     settings = job.settings
     return Forward(
@@ -31,21 +31,21 @@ def forward(job: Job) -> Forward:
     )
 
 
-def capture_shard(job: Job, shard: Shard, running: Forward) -> tuple[ShardEntry, dict[str, Moments]]:
+def capture_shard(job: Job, shard: Shard, forward: Forward) -> ShardEntry:
     """Run and write one shard, nothing beside it; for schedulers of their own. The manifest does not name it yet.
 
     Args:
         job: The capture.
         shard: One of its plan's shards.
-        running: `forward(job)`, entered.
+        forward: `forward_of(job)`, entered.
 
     Returns:
-        The shard's entry for the manifest, durable on disk, and its statistics.
+        The shard's entry for the manifest; its file is durable.
     """
     buffer = _new_buffer(job, shard)
     for batch in shard.batches:
-        _place(buffer, batch.tolist(), running.run(batch))
-    return _write(job, shard, buffer), buffer.moments
+        _place(buffer, batch.tolist(), forward.run(batch))
+    return _write(job, shard, buffer)
 
 
 def run_shards(job: Job, shards: Iterable[Shard], written: Written, advance: Callable[[int], object]) -> None:
@@ -64,7 +64,7 @@ def run_shards(job: Job, shards: Iterable[Shard], written: Written, advance: Cal
     writer = _Writer(job, written)
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="activations-cache-writer")
     try:
-        with forward(job) as running:
+        with forward_of(job) as running:
             for shard in shards:
                 for number, batch in enumerate(shard.batches):
                     if len(waiting) >= QUEUED_BATCHES:
@@ -95,7 +95,7 @@ class _Writer:
         _place(self.buffer, shard.batches[number].tolist(), batch)
         if number == len(shard.batches) - 1:
             full, self.buffer = self.buffer, None
-            self.written(_write(self.job, shard, full), full.moments)
+            self.written(shard, _write(self.job, shard, full), full.moments)
         self.failed = False
 
 

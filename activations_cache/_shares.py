@@ -95,7 +95,7 @@ def shards_of(job: Job, numbers: Iterable[int], between: Callable[[], Any]) -> I
         numbers: Which shards, in order.
         between: Called before every batch; it may raise to end the work.
     """
-    from activations_cache._capture import capture_shard, forward_of
+    from activations_cache._pipeline import capture_shard, forward_of
 
     with forward_of(job) as forward:
         for number in numbers:
