@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from activations_cache import _device, _parallel, hashing
 from activations_cache._job import Job, Request, StorageTypes, check_bytes, held_manifest, prepare
 from activations_cache._ledger import Ledger

@@ -222,11 +222,11 @@ class _Pending:
         self.spec, self.sequences = spec, sequences
         self.extremes: Tensor | None = None
         self.moments: _RawMoments | None = None
+        self.arrived: Any = None  # the event that says so, on a GPU
         if spec.floating and len(rows):
             self.extremes = torch.stack(rows.aminmax()).double()  # both are NaN if any value is
             self.moments = _raw_moments(stored.flatten(1).float())
         if copies is None:
-            self.arrived = None
             self.stored = stored.cpu()
             self._check()
         else:

@@ -35,7 +35,7 @@ COLUMN_TYPES = {
     "string": h5py.h5t.py_create(h5py.string_dtype(), logical=True),
 }
 FILL = {"int": np.int64(-1), "float": np.float64(np.nan), "bool": np.int8(-1), "string": None}  # strings: empty
-TOKEN_TYPES = {
+TOKEN_TYPES: dict[str, tuple[Any, Any]] = {
     "int": (h5py.h5t.STD_I64LE, np.int64(-1)),
     "float": (h5py.h5t.IEEE_F64LE, np.float64(np.nan)),
     "bool": (h5py.h5t.STD_I8LE, np.int8(-1)),
@@ -114,8 +114,8 @@ def _write_rows(file: h5py.File, manifest: Mapping[str, Any]) -> None:
     _virtual(file, "rows/sequence", h5py.h5t.STD_I64LE, (), parts, np.int64(-1))
     _virtual(file, "rows/position", h5py.h5t.STD_I32LE, (), parts, np.int32(-1))
     for name, column in manifest["data"].get("token_columns", {}).items():
-        kind, fill = TOKEN_TYPES[column["kind"]]
-        _virtual(file, f"rows/{name}", kind, (), parts, fill)
+        stored, missing = TOKEN_TYPES[column["kind"]]
+        _virtual(file, f"rows/{name}", stored, (), parts, missing)
     if manifest["settings"].get("logprobs"):
         _virtual(file, f"rows/{LOGPROB}", h5py.h5t.IEEE_F32LE, (), parts, np.float32(np.nan))
 

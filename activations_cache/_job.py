@@ -304,8 +304,9 @@ def ids_digest(tokens: Tokens) -> str:
 
 def _token_column(column: TokenColumn) -> dict[str, Any]:
     digest = hashlib.sha256()
+    kind = TOKEN_TYPES[column.kind]
     for start in range(0, len(column.values), 2**20):
-        digest.update(np.asarray(column.values[start : start + 2**20], TOKEN_TYPES[column.kind]).tobytes())
+        digest.update(np.asarray(column.values[start : start + 2**20]).astype(kind).tobytes())
     named = {} if column.categories is None else {"categories": list(column.categories)}
     return {"kind": column.kind, **named, "fingerprint": digest.hexdigest()}
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 from activations_cache._forward import Batch, Forward
 from activations_cache._job import Job
 from activations_cache.errors import CacheError
-from activations_cache.plan import Shard
+from activations_cache.plan import IntArray, Shard
 from activations_cache.store import Moments, ShardBuffer, ShardEntry, write_shard
 
 QUEUED_BATCHES = 2  # batches that may wait for the writer while the next forward runs
@@ -31,7 +32,15 @@ def forward_of(job: Job) -> Forward:
     )
 
 
-def capture_shard(job: Job, shard: Shard, forward: Forward) -> ShardEntry:
+class Runs(Protocol):
+    """What runs batches: a `Forward`, or something around one."""
+
+    def run(self, batch: IntArray) -> Batch:
+        """One forward over these sequences."""
+        ...
+
+
+def capture_shard(job: Job, shard: Shard, forward: Runs) -> ShardEntry:
     """Run and write one shard, nothing beside it; for schedulers of their own. The manifest does not name it yet.
 
     Args:

@@ -69,7 +69,12 @@ NUMPY_TYPES: dict[str, np.dtype[Any]] = {
     "int32": np.dtype("<i4"),
 }
 # per-token columns; strings are numbers of the categories that the manifest lists
-TOKEN_TYPES = {"int": np.dtype("<i8"), "float": np.dtype("<f8"), "bool": np.dtype("i1"), "string": np.dtype("<i4")}
+TOKEN_TYPES: dict[str, np.dtype[Any]] = {
+    "int": np.dtype("<i8"),
+    "float": np.dtype("<f8"),
+    "bool": np.dtype("i1"),
+    "string": np.dtype("<i4"),
+}
 LARGEST = {name: float(torch.finfo(TORCH_TYPES[name]).max) for name in ("float16", "bfloat16", "float32")}
 CHUNK_BYTES = 2**20  # of a compressed site: one read of a shuffled block decompresses no more than this
 
