@@ -565,7 +565,7 @@ def _texts(path: Path) -> list[str]:
     texts = read_documents(path).texts
     if texts is None:
         raise DataError(f"{path} holds token ids; texts are needed here.")
-    return texts
+    return list(texts)
 
 
 def _audit(a: argparse.Namespace) -> int:
