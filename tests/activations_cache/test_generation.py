@@ -121,7 +121,7 @@ def test_the_ends_are_taken_from_the_model_and_nothing_else(monkeypatch: pytest.
         eos_token_id=[token], repetition_penalty=9.0, do_sample=True, temperature=3.0, max_new_tokens=2, min_length=6
     )
     monkeypatch.setattr(model, "generation_config", odd)
-    assert made(model) == made(model, eos=token)  # no penalty, no draw, no length
+    assert made(model) == made(tiny("llama"), eos=token)  # no penalty, no draw, no length
     assert model.generation_config is odd
     monkeypatch.setattr(model, "generation_config", GenerationConfig())
     assert made(model) == made(model, eos=2)  # the config's
@@ -185,6 +185,17 @@ def test_draws_follow_the_distribution(model: Any):
     counts = np.bincount([row.ids[0] for row in rows], minlength=len(p))
     assert (counts > 0).sum() > 5
     assert (np.abs(counts / 400 - p) <= 4.5 * np.sqrt(p * (1 - p) / 400) + 1 / 400).all()
+
+
+def test_a_draw_is_decided_by_seed_prompt_sample_and_position():
+    """Where all 96 tokens are equally probable, a number u in [0, 1) draws token 96 u, rounded down."""
+    model = tiny("llama")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    rows = made(model, [[5, 6]] * 3, do_sample=True, n_samples=2, seed=11, eos=False)
+    for row in rows:
+        u = np.random.default_rng(np.random.SeedSequence([11, row.prompt, row.sample])).random(NEW)
+        assert list(row.ids) == (96 * u).astype(int).tolist()
 
 
 def test_inversion_takes_the_interval_and_never_the_impossible():
