@@ -90,16 +90,16 @@ class Chooser:
         self.sample = decoding.do_sample
 
     def __call__(self, input_ids: Int[Tensor, "batch pos"], scores: Float[Tensor, "batch vocab"]) -> Tensor:
-        self.broken |= ~scores.amax(-1).isfinite()
+        self.broken |= ~scores.amax(-1).isfinite().to(self.broken.device)
         if not self.sample:
             return scores
         for warp in self.warpers:
             scores = warp(input_ids, scores)
         step = input_ids.shape[1] - self.width
-        logprobs = scores.double().log_softmax(-1)  # [batch, vocab]
+        logprobs = scores.to(self.draws.device).double().log_softmax(-1)  # [batch, vocab]
         chosen = invert(logprobs.exp(), self.draws[:, step])  # [batch, 1]
         self.logprobs[step] = logprobs.gather(1, chosen).squeeze(1).float()
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen.to(scores.device), 0.0)
 
     def drawn(self, new: int) -> Float[Tensor, "batch new"] | None:
         """Log-probabilities of the tokens of the first `new` steps, each under what it was drawn from."""
@@ -163,7 +163,8 @@ def decode_batch(hf: Any, tokenizer: Any, prompts: Sequence[Prompt], decoding: D
     device = input_device(hf)
     ids, mask = _pad_left(prompts, device)
     width = ids.shape[1]
-    draws = torch.from_numpy(np.stack([_draws(prompt, decoding) for prompt in prompts])).to(device)
+    draws = torch.from_numpy(np.stack([_draws(prompt, decoding) for prompt in prompts]))
+    draws = draws if device.type == "mps" else draws.to(device)  # which has no float64
     chooser = Chooser(decoding, draws, width)
     stop = StopAt(tokenizer, prompts, decoding.stop_strings, width)
     with _fenced(device, decoding.seed + prompts[0].number):

@@ -12,6 +12,9 @@ import numpy.typing as npt
 from activations_cache._reading import Documents
 from activations_cache.errors import DataError
 
+CHUNK_DOCUMENTS = 1024  # what is tokenized at once: so many documents,
+CHUNK_CHARACTERS = 2**21  # or so many characters if those are fewer documents
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -101,18 +104,26 @@ class Encoder:
                 f"{type(self.tokenizer).__name__} does not"
             )
 
-    def rows(self, first: int, stop: int) -> Iterator[Encoded]:
-        """Documents `first` to `stop`, tokenized in one call.
+    def __iter__(self) -> Iterator[Encoded]:
+        """The documents' tokens, in order.
 
         Raises:
             DataError: A text has no token; an answer is not in its text.
         """
-        if self.documents.input_ids is not None:
-            for row in self.documents.input_ids[first:stop]:
-                yield Encoded(np.asarray(row, np.int32))
-            return
-        assert self.documents.texts is not None
-        texts = list(self.documents.texts[first:stop])
+        for row in self.documents.input_ids if self.documents.input_ids is not None else ():
+            yield Encoded(np.asarray(row, np.int32))
+        first, texts, size = 0, list[str](), 0
+        for text in self.documents.texts if self.documents.texts is not None else ():
+            texts.append(text)
+            size += len(text)
+            if len(texts) >= CHUNK_DOCUMENTS or size >= CHUNK_CHARACTERS:
+                yield from self._encode(texts, first)
+                first, texts, size = first + len(texts), [], 0
+        if texts:
+            yield from self._encode(texts, first)
+
+    def _encode(self, texts: list[str], first: int) -> Iterator[Encoded]:
+        """Some texts in one call; `first` is the number of the first."""
         strings = self._render(texts, first) if self.chat else texts
         specials = self.bos is None and not self.chat
         # verbose=False: the tokenizer's own length warning is ours to give

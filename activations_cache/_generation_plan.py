@@ -114,7 +114,7 @@ def prepare(asked: Asked, wanted: Sequence[str] | None, text_column: str) -> Pla
     return Plan(hf, tokenizer, decoding, batches, columns, manifest)
 
 
-def _columns(columns: Mapping[str, list[Any]], wanted: Sequence[str] | None) -> dict[str, Column]:
+def _columns(columns: Mapping[str, Sequence[Any]], wanted: Sequence[str] | None) -> dict[str, Column]:
     """Label columns that a cache can hold, none under a name that generations use themselves."""
     kept = storable_columns(columns, wanted)
     taken = [name for name in kept if name in OWN_COLUMNS]

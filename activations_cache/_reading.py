@@ -367,9 +367,9 @@ def _checked(documents: Documents) -> Documents:
     if documents.texts is not None and not isinstance(documents.texts, Texts):  # those were checked one by one
         for number, text in enumerate(documents.texts):
             check_text(text, number, "data")
-    for number, ids in enumerate(documents.input_ids if documents.input_ids is not None else ()):
-        if not len(ids):
-            raise DataError(f"data: row {number} holds no token id; remove the row")
+    if documents.input_ids is not None and not isinstance(documents.input_ids, IdRows):
+        for number, ids in enumerate(documents.input_ids):
+            ids_of(ids, number, "data")
     for name, values in documents.columns.items():
         if len(values) != len(documents):
             raise DataError(f"data: column {name!r} has {len(values)} entries for {len(documents)} documents")

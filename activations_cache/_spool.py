@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import IO, Any, Generic, TypeVar, overload
@@ -23,7 +24,8 @@ T = TypeVar("T")
 AnyArray = npt.NDArray[Any]
 
 SPOOL_BYTES = 32 * 2**20  # what is held in RAM before the file is begun
-READ_AHEAD = 1024  # records read at once when a spool is gone through
+READ_AHEAD = 1024  # records read at once when a spool is gone through,
+READ_BYTES = 2**21  # or bytes, if those are fewer records
 
 
 class Spool:
@@ -147,8 +149,12 @@ class Records(Sequence[T], Generic[T]):
         return [self._decode(raw[a - base : b - base]) for a, b in pairwise(ends)]
 
     def __iter__(self) -> Iterator[T]:
-        for first in range(0, len(self), READ_AHEAD):
-            yield from self._run(first, min(first + READ_AHEAD, len(self)))
+        first = 0
+        while first < len(self):
+            within = bisect_right(self._ends, self._ends[first] + READ_BYTES, first, len(self) + 1) - 1
+            stop = min(max(within, first + 1), first + READ_AHEAD)
+            yield from self._run(first, stop)
+            first = stop
 
     def __eq__(self, other: object) -> bool:
         return (

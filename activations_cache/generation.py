@@ -17,9 +17,8 @@ decoding never computes: the activations of the last generated token, which no s
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,22 +26,14 @@ import torch
 
 from activations_cache import hashing, store
 from activations_cache import sites as site_catalogue
-from activations_cache._decoding import Decoding, alone
+from activations_cache._decoding import Decoding
 from activations_cache._device import move
+from activations_cache._generation_parallel import run_shared
 from activations_cache._generation_plan import Asked, Plan, check_settings, prepare, strings
-from activations_cache._generations import (
-    FOLDER,
-    Generation,
-    Generations,
-    Labelled,
-    batch_file,
-    from_rows,
-    read_batch,
-    read_head,
-    write_batch,
-    write_head,
-)
-from activations_cache.errors import CacheError, CacheMismatchError, DataError, SiteError
+from activations_cache._generation_run import run_in_folder, run_in_memory
+from activations_cache._generations import FOLDER, Generation, Generations
+from activations_cache._parallel import world
+from activations_cache.errors import CacheError, DataError, SiteError
 
 __all__ = ["Generation", "Generations", "capture_generation", "generate"]
 
@@ -84,7 +75,8 @@ def generate(
     machine.
 
     With `out`, every batch is durable once it is done: killed at any moment, the same call goes on and ends with the
-    same generations as a run that was never interrupted.
+    same generations as a run that was never interrupted. And with `out`, processes that torchrun or accelerate launch
+    started together share the batches, each returning all of the result; without, each generates everything.
 
     Args:
         model: A Hugging Face causal language model, or anything with one as `.hf` (and perhaps `.tokenizer`, `.name`).
@@ -131,15 +123,22 @@ def generate(
 
     Cost: one forward with a key-value cache per new token and batch; the batch runs until its last row ends.
     """
-    decoding = Decoding(
-        max_new_tokens, do_sample, float(temperature), float(top_p), top_k, seed, (), strings(stop_strings)
-    )
-    check_settings(decoding, n_samples, batch_tokens)
-    if device is not None:
-        move(hashing.hf_model(model), device)
-    asked = Asked(model, tokenizer, prompts, decoding, n_samples, eos, batch_tokens, max_length, bos, chat)
-    plan = prepare(asked, columns, text_column)
-    return from_rows(_all_rows(plan, None if out is None else Path(out), resume, progress))
+
+    def plan() -> Plan:
+        chosen = (max_new_tokens, do_sample, float(temperature), float(top_p), top_k, seed)
+        decoding = Decoding(*chosen, eos=(), stop_strings=strings(stop_strings))
+        check_settings(decoding, n_samples, batch_tokens)
+        if device is not None:
+            move(hashing.hf_model(model), device)
+        asked = Asked(model, tokenizer, prompts, decoding, n_samples, eos, batch_tokens, max_length, bos, chat)
+        return prepare(asked, columns, text_column)
+
+    if out is None:
+        return run_in_memory(plan(), progress)
+    together = world()
+    if together is None:
+        return run_in_folder(plan(), Path(out), resume, progress)
+    return run_shared(together, plan, Path(out), resume, progress)
 
 
 def capture_generation(
@@ -228,127 +227,6 @@ def capture_generation(
     )  # fmt: skip
 
 
-# --- running, and what a folder already holds -----------------------------------------------------------------------
-
-
-def _all_rows(plan: Plan, folder: Path | None, resume: bool, progress: bool) -> list[Labelled]:
-    """Every row of the run: read where it is committed, generated where it is not."""
-    if folder is None:
-        return _go(plan, lambda _number: None, lambda _number, _rows: None, progress)
-    if folder.exists() and not folder.is_dir():
-        raise CacheError(f"{folder} is a file; a folder for the generations is required")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with store.writer_lock(folder):
-            begun = _check_folder(plan, folder, resume)
-            store.remove_partials(folder)
-            if not begun:
-                write_head(folder, plan.manifest)
-            return _go(
-                plan,
-                lambda number: read_batch(folder, plan.identity, number),
-                lambda number, rows: write_batch(folder, plan.identity, number, rows),
-                progress,
-            )
-    except OSError as error:
-        raise CacheError(
-            f"{folder} cannot be written: {error}. What was committed is intact: make room or give access, and run "
-            "the same again to go on"
-        ) from error
-
-
-def _go(
-    plan: Plan,
-    read: Callable[[int], list[Labelled] | None],
-    write: Callable[[int, list[Labelled]], None],
-    progress: bool,
-) -> list[Labelled]:
-    from tqdm.auto import tqdm
-
-    rows: list[Labelled] = []
-    total = sum(map(len, plan.batches))
-    with tqdm(total=total, unit="text", desc="generate", disable=not progress) as bar, _lazily(plan.hf) as enter:
-        for number in range(len(plan.batches)):
-            held = read(number)
-            if held is None:
-                enter()
-                held = plan.run(number)
-                write(number, held)
-            rows += held
-            bar.update(len(held))
-    return rows
-
-
-@contextmanager
-def _lazily(hf: Any) -> Iterator[Callable[[], None]]:
-    """`alone`, entered with the first batch that is run: a finished run leaves the model untouched."""
-    with ExitStack() as stack:
-        entered: list[bool] = []
-
-        def enter() -> None:
-            if not entered:
-                entered.append(True)
-                stack.enter_context(alone(hf))
-
-        yield enter
-
-
-def _check_folder(plan: Plan, folder: Path, resume: bool) -> bool:
-    """Whether the folder holds batches of this very run to go on with.
-
-    Raises:
-        CacheError: It holds something else; or generations, and `resume` is False.
-        CacheMismatchError: It holds another run's generations.
-    """
-    names = {path.name for path in folder.iterdir() if not path.name.endswith(store.PARTIAL)} - {store.LOCK}
-    if store.MANIFEST not in names:
-        if names:
-            shown = ", ".join(sorted(names)[:3])
-            raise CacheError(f"{folder} is not empty ({shown}) and holds no generations; choose an empty or new one")
-        return False
-    if not resume:
-        raise CacheError(
-            f"{folder} already holds generations, and resume=False: nothing is overwritten. Choose another directory, "
-            "delete this one yourself, or pass resume=True"
-        )
-    held = read_head(folder)
-    if held["identity"] != plan.identity:
-        raise CacheMismatchError(
-            f"{folder} holds other generations. Different: {_differences(held['facts'], plan.manifest['facts'])}. "
-            "Choose another directory, or generate with the same model, prompts and settings"
-        )
-    if not all(batch_file(number) in names for number in range(len(plan.batches))):
-        _warn_of_changes(plan, held, folder)
-    return True
-
-
-def _warn_of_changes(plan: Plan, held: Mapping[str, Any], folder: Path) -> None:
-    parts = ("libraries", "machine")
-    pairs = [
-        (name, held.get(part, {}).get(name), value) for part in parts for name, value in plan.manifest[part].items()
-    ]
-    changed = [name for name, before, now in pairs if before != now]
-    if changed:
-        warnings.warn(
-            f"{folder} was begun with another {', '.join(changed)}; what is still to come may differ from an "
-            "uninterrupted run's where two tokens are as good as equal",
-            stacklevel=5,
-        )
-
-
-def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
-    if len(names) > 1 and "plan of batches" in names:
-        names.remove("plan of batches")  # follows from the others
-    return "; ".join(_difference(name, theirs.get(name), ours.get(name)) for name in names)
-
-
-def _difference(name: str, held: Any, asked: Any) -> str:
-    if isinstance(held, str) and isinstance(asked, str) and len(held) == len(asked) == 64:
-        held, asked = held[:8], asked[:8]
-    return f"{name} ({held!r} there, {asked!r} asked for)"
-
-
 # --- before a capture -----------------------------------------------------------------------------------------------
 
 
@@ -356,6 +234,11 @@ def _check_capture(model: Any, sites: str | Sequence[str], positions: Any, setti
     """Find what the capture would refuse before an hour of generation, not after."""
     if positions not in ("all", "generated", "prompt", "last"):
         raise DataError(f"positions must be 'all', 'generated', 'prompt' or 'last'; got {positions!r}")
+    from activations_cache._capture import capture
+
+    unknown = sorted(set(settings) - set(inspect.signature(capture).parameters))
+    if unknown:
+        raise TypeError(f"capture_generation() got an unexpected keyword argument {unknown[0]!r}")
     own = sorted({"data", "columns", "token_columns", "overflow", "n_tokens"} & set(settings))
     if own:
         raise DataError(f"{', '.join(own)} cannot be given: capture_generation sets it from what was generated")

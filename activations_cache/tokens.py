@@ -21,7 +21,8 @@ from activations_cache.errors import DataError
 from activations_cache.token_columns import TokenColumn, TokenValues, mask_values, row_values
 
 Overflow = Literal["truncate", "error", "split"]
-CHUNK_DOCUMENTS = 1024
+WRITE_TOKENS = 2**20  # tokens of finished documents that are held before they are written
+BAR_DOCUMENTS = 1024  # fewer than these get no bar
 BAR_SECONDS = 2.0
 
 
@@ -174,17 +175,15 @@ def _wanted(documents: Documents, names: Sequence[str] | None, positions: str | 
 
 
 def _with_bar(encoder: Encoder, total: int, progress: bool) -> Iterator[Encoded]:
-    """The encoded documents, chunk by chunk."""
-    if total <= CHUNK_DOCUMENTS:
-        yield from encoder.rows(0, total)
+    """The encoded documents, with a bar where there are many."""
+    if total < BAR_DOCUMENTS:
+        yield from encoder
         return
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, desc="tokenize", unit="doc", delay=BAR_SECONDS, disable=not progress, leave=False) as bar:
-        for first in range(0, total, CHUNK_DOCUMENTS):
-            stop = min(first + CHUNK_DOCUMENTS, total)
-            yield from encoder.rows(first, stop)
-            bar.update(stop - first)
+    yield from tqdm(
+        encoder, total=total, desc="tokenize", unit="doc", delay=BAR_SECONDS, disable=not progress, leave=False
+    )
 
 
 @dataclass(frozen=True)
@@ -289,7 +288,7 @@ class _Writer:
             self.all_bos = self.all_bos and bool(ids[0] == self.bos)
             for name, values in marks.items():
                 self.values[name].extend(piece.of(values), number)
-        if len(self.parts) >= CHUNK_DOCUMENTS:
+        if self.total - len(self.flat) >= WRITE_TOKENS:
             self._flush()
 
     def _flush(self) -> None:

@@ -68,6 +68,7 @@ _FLAGS = {
     'overflow="truncate"': "--overflow truncate",
     "overflow='truncate'": "--overflow truncate",
     "text_column=": "--text-column ",
+    'dtype="float32"': "--dtype float32",
     "do_sample=True": "--sample",
     "do_sample=False": "no --sample",
     "max_new_tokens": "--max-new-tokens",
@@ -251,6 +252,19 @@ def _add_cache(commands: Any) -> None:
         ("verify", "check every file of a cache; exits with 1 if one is damaged", _cache_verify),
     ):
         _add(actions, name, text, command, f"probe cache {name} acts/").add_argument("directory", type=Path)
+    _add_cache_export(actions)
+
+
+def _add_cache_export(actions: Any) -> None:
+    example = "probe cache export acts/ blocks.3.hook_resid_post rows.npy"
+    made = _add(actions, "export", "write a site's rows to a .npy or .safetensors file", _cache_export, example)
+    made.add_argument("directory", type=Path)
+    made.add_argument("site")
+    made.add_argument("file", type=Path, help="ends in .npy or .safetensors")
+    made.add_argument(
+        "--dtype", choices=("float16", "bfloat16", "float32"), help="type in the file (default: as stored)"
+    )
+    _add_overwrite(made)
 
 
 def _add_sae(commands: Any) -> None:
@@ -459,6 +473,15 @@ def _cache_info(a: argparse.Namespace) -> int:
     return 0
 
 
+def _cache_export(a: argparse.Namespace) -> int:
+    import activations_cache as ac
+
+    cache = ac.open(a.directory)
+    cache.export(a.site, a.file, a.dtype, overwrite=a.overwrite, progress=_bars())
+    print(f"{a.file}: {len(cache)} rows of {a.site}")
+    return 0
+
+
 def _cache_verify(a: argparse.Namespace) -> int:
     import activations_cache as ac
 
@@ -564,7 +587,7 @@ def _texts(path: Path) -> list[str]:
     texts = read_documents(path).texts
     if texts is None:
         raise DataError(f"{path} holds token ids; texts are needed here.")
-    return texts
+    return list(texts)
 
 
 def _audit(a: argparse.Namespace) -> int:

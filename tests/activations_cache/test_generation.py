@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from activations_cache import _decoding, _generations, store
 from activations_cache._decoding import Prompt, invert
-from activations_cache._generation_plan import plan_batches
+from activations_cache._generation_plan import Plan, plan_batches
 from activations_cache.errors import (
     CacheError,
     CacheLockedError,
@@ -30,6 +30,7 @@ from activations_cache.errors import (
 )
 from activations_cache.generation import Generation, Generations, generate
 from tests.activations_cache.caches import die, in_child, token_rows
+from tests.activations_cache.ranks import run_ranks
 from tests.architectures import tiny
 
 PROMPTS = token_rows(9, seed=3)
@@ -120,7 +121,7 @@ def test_the_ends_are_taken_from_the_model_and_nothing_else(monkeypatch: pytest.
         eos_token_id=[token], repetition_penalty=9.0, do_sample=True, temperature=3.0, max_new_tokens=2, min_length=6
     )
     monkeypatch.setattr(model, "generation_config", odd)
-    assert made(model) == made(model, eos=token)  # no penalty, no draw, no length
+    assert made(model) == made(tiny("llama"), eos=token)  # no penalty, no draw, no length
     assert model.generation_config is odd
     monkeypatch.setattr(model, "generation_config", GenerationConfig())
     assert made(model) == made(model, eos=2)  # the config's
@@ -184,6 +185,17 @@ def test_draws_follow_the_distribution(model: Any):
     counts = np.bincount([row.ids[0] for row in rows], minlength=len(p))
     assert (counts > 0).sum() > 5
     assert (np.abs(counts / 400 - p) <= 4.5 * np.sqrt(p * (1 - p) / 400) + 1 / 400).all()
+
+
+def test_a_draw_is_decided_by_seed_prompt_sample_and_position():
+    """Where all 96 tokens are equally probable, a number u in [0, 1) draws token 96 u, rounded down."""
+    model = tiny("llama")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    rows = made(model, [[5, 6]] * 3, do_sample=True, n_samples=2, seed=11, eos=False)
+    for row in rows:
+        u = np.random.default_rng(np.random.SeedSequence([11, row.prompt, row.sample])).random(NEW)
+        assert list(row.ids) == (96 * u).astype(int).tolist()
 
 
 def test_inversion_takes_the_interval_and_never_the_impossible():
@@ -352,6 +364,13 @@ def test_another_run_is_refused_with_what_differs(model: Any, tmp_path: Path):
         sampled(model, tmp_path / "g", seed=1, batch_tokens=41)
 
 
+def test_a_run_that_had_generated_nothing_is_no_hindrance(model: Any, tmp_path: Path):
+    sampled(model, tmp_path / "g", seed=1)
+    for batch in (tmp_path / "g").glob("batch-*"):
+        batch.unlink()
+    assert sampled(model, tmp_path / "g", seed=2) == sampled(model, seed=2)
+
+
 def test_altered_files_are_refused(model: Any, tmp_path: Path):
     sampled(model, tmp_path / "g")
     batch = tmp_path / "g" / "batch-00001.jsonl"
@@ -381,7 +400,11 @@ def test_a_second_writer_and_foreign_folders_are_refused(model: Any, tmp_path: P
         sampled(model, tmp_path / "held")
     with pytest.raises(CacheError, match="is a file"):
         sampled(model, tmp_path / "held" / "notes.txt")
-    assert (tmp_path / "held" / "notes.txt").read_text() == "mine"
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "notes.txt").write_text("mine")
+    with pytest.raises(CacheError, match=r"notes\.txt"):
+        sampled(model, tmp_path / "theirs")
+    assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["notes.txt"]  # not even a lock
 
 
 def test_other_versions_are_said_before_going_on(model: Any, tmp_path: Path):
@@ -394,6 +417,63 @@ def test_other_versions_are_said_before_going_on(model: Any, tmp_path: Path):
     (tmp_path / "g" / "batch-00002.jsonl").unlink()
     with pytest.warns(UserWarning, match="another torch"):
         sampled(model, tmp_path / "g")
+
+
+# --- by several processes -------------------------------------------------------------------------------------------
+
+
+def batches_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("batch-*.jsonl")}
+
+
+def test_ranks_share_the_batches_and_the_result_is_that_of_one(model: Any, tmp_path: Path):
+    sampled(model, tmp_path / "whole")
+    ran = tmp_path / "ran"
+
+    def work() -> None:
+        real = Plan.run
+
+        def noted(plan: Plan, number: int) -> Any:
+            with ran.open("a") as file:
+                file.write(f"{torch.distributed.get_rank()} {number}\n")
+            return real(plan, number)
+
+        Plan.run = noted  # type: ignore[method-assign]
+        assert sampled(model, tmp_path / "shared") == Generations.load(tmp_path / "whole")
+
+    assert run_ranks(tmp_path, [work, work]) == ["ok", "ok"]
+    assert batches_in(tmp_path / "shared") == batches_in(tmp_path / "whole")
+    count = len(batches_in(tmp_path / "whole"))
+    assert sorted(ran.read_text().splitlines()) == sorted(f"{number % 2} {number}" for number in range(count))
+    assert run_ranks(tmp_path, [work, work]) == ["ok", "ok"]  # finished: nobody runs anything
+    assert len(ran.read_text().splitlines()) == count
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_ends_all_and_any_number_goes_on(model: Any, victim: int, tmp_path: Path):
+    sampled(model, tmp_path / "whole")
+
+    def killed() -> None:
+        Plan.run = lambda *_: die()  # type: ignore[method-assign]
+        sampled(model, tmp_path / "shared")
+
+    works = [lambda: sampled(model, tmp_path / "shared")] * 2
+    works[victim] = killed
+    outcomes = run_ranks(tmp_path, works)
+    assert outcomes[victim] == "signal 9"
+    assert outcomes[1 - victim].startswith(f"ParallelError: rank {victim} of 2 failed: its process is gone")
+    sampled(model, tmp_path / "shared")
+    assert batches_in(tmp_path / "shared") == batches_in(tmp_path / "whole")
+
+
+def test_ranks_that_ask_for_different_things_are_refused(model: Any, tmp_path: Path):
+    works = [lambda: sampled(model, tmp_path / "g"), lambda: sampled(model, tmp_path / "g", seed=4)]
+    for outcome in run_ranks(tmp_path, works):
+        assert outcome.startswith("CacheMismatchError")
+        assert "setting seed (0 there, 4 asked for)" in outcome
+    works[1] = lambda: sampled(model, tmp_path / "g", max_new_tokens=0)
+    outcomes = run_ranks(tmp_path, works, limit=20)
+    assert all(outcome.startswith("DataError") for outcome in outcomes), outcomes
 
 
 # --- refused --------------------------------------------------------------------------------------------------------

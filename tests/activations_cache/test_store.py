@@ -1,4 +1,4 @@
-"""The files of a cache: plans, storage types, reading, shuffling, verification, and every way to be malformed."""
+"""The files of a cache: storage types, reading, shuffling, verification, and every way to be malformed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ import activations_cache as ac
 from activations_cache import conformance, store
 from activations_cache._batches import gather_rows
 from activations_cache.errors import CacheError, CacheLockedError, CorruptCacheError, DataError, SiteError
-from activations_cache.plan import default_shard_rows, make_plan
 from tests.activations_cache.caches import RESID, contents, labelled_rows, small
 
 SITE = "blocks.1.hook_resid_post"
@@ -39,54 +38,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(made: Path, tmp_path: Path) -> Path:
     """A copy of it, to be harmed."""
     return Path(shutil.copytree(made, tmp_path / "acts"))
-
-
-# --- plan -----------------------------------------------------------------------------------------------------------
-
-
-@given(
-    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=60),
-    batch_tokens=st.integers(1, 80),
-    shard_rows=st.integers(1, 80),
-    positions=st.sampled_from(["all", "last"]),
-)
-def test_a_plan_holds_every_sequence_once_and_keeps_its_limits(
-    lengths: list[int], batch_tokens: int, shard_rows: int, positions: Any
-):
-    plan = make_plan(lengths, positions=positions, batch_tokens=batch_tokens, shard_rows=shard_rows)
-    row = sequence = 0
-    for shard in plan.shards:
-        inside = list(range(shard.first_sequence, shard.first_sequence + shard.sequences))
-        assert sorted(int(number) for batch in shard.batches for number in batch) == inside
-        assert (shard.first_row, shard.first_sequence) == (row, sequence)
-        assert shard.rows <= shard_rows or shard.sequences == 1
-        for batch in shard.batches:
-            assert max(lengths[n] for n in batch) * len(batch) <= batch_tokens or len(batch) == 1
-        row, sequence = row + shard.rows, sequence + shard.sequences
-    assert sequence == len(lengths)
-    assert row == plan.rows == (sum(lengths) if positions == "all" else len(lengths))
-    assert plan.tokens == sum(lengths)
-    again = make_plan(lengths, positions=positions, batch_tokens=batch_tokens, shard_rows=shard_rows)
-    assert plan.fingerprint() == again.fingerprint()
-
-
-def test_plans_that_differ_have_other_fingerprints():
-    base: dict[str, Any] = {"positions": "all", "batch_tokens": 8, "shard_rows": 9}
-    seen = {make_plan([3, 4, 5], **base).fingerprint()}
-    for change in ({"positions": "last"}, {"batch_tokens": 4}, {"shard_rows": 4}):
-        seen.add(make_plan([3, 4, 5], **{**base, **change}).fingerprint())
-    assert len(seen) == 4
-
-
-def test_few_stored_rows_still_end_a_shard():
-    plan = make_plan([10] * 1000, positions="last", batch_tokens=10, shard_rows=10**6)
-    assert max(shard.tokens for shard in plan.shards) == 640
-
-
-def test_default_shards_are_large_but_hold_a_batch():
-    assert default_shard_rows(row_bytes=1536, batch_tokens=8192) == 128 * 2**20 // 1536
-    assert default_shard_rows(row_bytes=2**20, batch_tokens=8192) == 8192
-    assert default_shard_rows(row_bytes=1, batch_tokens=8192) == 2**20
 
 
 # --- storage --------------------------------------------------------------------------------------------------------
