@@ -7,6 +7,7 @@ overlap (`_pipeline.py`), and each finished shard is named in the manifest (`_le
 from __future__ import annotations
 
 import errno
+import functools
 import shutil
 import sys
 import warnings
@@ -126,34 +127,30 @@ def capture(
     """
     if device is not None:
         _device.move(hashing.hf_model(model), device)
-    asked = Request(
-        model,
-        data,
-        sites,
-        Path(out),
-        tokenizer=tokenizer,
-        positions=positions,
-        pool=pool,
-        dtype=dtype,
-        batch_tokens=batch_tokens,
-        shard_rows=shard_rows,
-        n_tokens=n_tokens,
-        max_length=max_length,
-        bos=bos,
-        chat=chat,
-        overflow=overflow,
-        columns=columns,
-        token_columns=token_columns,
-        logprobs=logprobs,
-        compression=compression,
-        text_column=text_column,
-        progress=progress,
-    )
+    settings = {
+        "tokenizer": tokenizer,
+        "positions": positions,
+        "pool": pool,
+        "dtype": dtype,
+        "batch_tokens": batch_tokens,
+        "shard_rows": shard_rows,
+        "n_tokens": n_tokens,
+        "max_length": max_length,
+        "bos": bos,
+        "chat": chat,
+        "overflow": overflow,
+        "columns": columns,
+        "token_columns": token_columns,
+        "logprobs": logprobs,
+        "compression": compression,
+        "text_column": text_column,
+    }
     world = _parallel.world()
     if world is not None:
-        _parallel.run(world, lambda: _prepared(asked), resume, progress)
+        make = functools.partial(decided, model, data, sites, out, progress=progress and world.rank == 0, **settings)
+        _parallel.run(world, make, resume, progress)
         return open_cache(out)
-    job = _prepared(asked)
+    job = decided(model, data, sites, out, progress=progress, **settings)
     held = held_manifest(job, resume)
     if held is None or not held["finished"]:
         _run(job, progress)
@@ -162,8 +159,9 @@ def capture(
     return open_cache(out)
 
 
-def _prepared(asked: Request) -> Job:
-    job = prepare(asked)
+def decided(model: Any, data: Any, sites: str | Sequence[str], out: str | Path, **settings: Any) -> Job:
+    """A capture, decided in full; nothing is written yet. Takes what `capture` takes, and warns of what it warns of."""
+    job = prepare(Request(model, data, sites, Path(out), **settings))
     warn_of_data(job)
     return job
 
@@ -172,10 +170,10 @@ def warn_of_data(job: Job) -> None:
     """Warn of what of the data does not reach the cache."""
     if job.tokens.n_truncated:
         cut = f"{job.tokens.n_truncated} of {len(job.tokens)} documents were cut to {job.max_length} tokens"
-        warnings.warn(cut, stacklevel=3)
+        warnings.warn(cut, stacklevel=4)
     if job.dropped:
         reasons = "; ".join(f"{name!r}: {reason}" for name, reason in job.dropped.items())
-        warnings.warn(f"columns left out of the cache, no labels can be had of them: {reasons}", stacklevel=3)
+        warnings.warn(f"columns left out of the cache, no labels can be had of them: {reasons}", stacklevel=4)
 
 
 def _run(job: Job, progress: bool) -> None:

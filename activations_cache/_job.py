@@ -163,7 +163,7 @@ def prepare(asked: Request) -> Job:
         "compression": asked.compression,
     }
     manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "finished": False, "identity": ""}
-    manifest |= {"model": _model_entry(hf, asked.model), "tokenizer": _tokenizer_entry(tokenizer)}
+    manifest |= {"model": model_entry(hf, asked.model), "tokenizer": _tokenizer_entry(tokenizer)}
     manifest |= {"data": data_entry(tokens, selection, columns), "sites": [spec.to_json() for spec in specs]}
     manifest |= {"settings": settings, "plan": _plan_entry(plan), "rows": 0, "statistics": {}}
     manifest |= {"libraries": libraries(), "machine": _machine(hf)}
@@ -249,7 +249,8 @@ def _spec(site: Any, dtype: Storage, n_experts: int | None) -> SiteSpec:
 # --- the parts of a manifest ----------------------------------------------------------------------------------------
 
 
-def _model_entry(hf: Any, model: Any) -> dict[str, Any]:
+def model_entry(hf: Any, model: Any) -> dict[str, Any]:
+    """The `model` field of a manifest."""
     name = getattr(model, "name", "") or getattr(hf.config, "_name_or_path", "") or type(hf).__name__
     return {
         "name": str(name),

@@ -19,7 +19,7 @@ import torch
 
 from activations_cache import errors, hashing
 from activations_cache._job import Job, check_bytes, held_manifest
-from activations_cache._job import _model_entry as model_entry
+from activations_cache._job import model_entry as model_entry
 from activations_cache._shares import Commits, shards_of, writing
 from activations_cache.cache import Cache
 from activations_cache.cache import open as open_cache
