@@ -614,8 +614,13 @@ def test_values_that_fit_no_token_are_refused(values: Any, message: str):
 
 
 def test_token_columns_must_be_there():
-    row = {"input_ids": [1], "x": [None]}
-    for asked, message in ((["y"], "no column 'y' in the data"), ("x", "must be a list of names")):
+    row = {"input_ids": [1], "x": [None], "mask": [1], "a/b": [1]}
+    for asked, message in (
+        (["y"], "no column 'y' in the data"),
+        ("x", "must be a list of names"),
+        (["mask"], "column 'mask' has a name .* token_columns="),
+        (["a/b"], "column 'a/b' cannot be stored: its name has a '/'"),
+    ):
         with pytest.raises(DataError, match=message):
             tokenize(None, [row], token_columns=asked)
     with pytest.raises(DataError, match="column 'x' has no value for any token"):
@@ -630,6 +635,30 @@ def real(request: pytest.FixtureRequest, shared_data: Path) -> Any:
     if request.param == "gpt2":
         return GPT2TokenizerFast.from_pretrained(shared_data / "tokenizers" / "gpt2")
     return AutoTokenizer.from_pretrained(shared_data / "stories260K")
+
+
+@pytest.mark.parametrize("bos", [None, True, False])
+@pytest.mark.parametrize("chat", [False, True])
+@settings(max_examples=25, deadline=None)
+@given(texts=st.lists(st.text(min_size=1, max_size=12).filter(str.strip), min_size=1, max_size=6))
+def test_texts_are_tokenized_as_one_by_one(real: Any, bos: bool | None, chat: bool, texts: list[str]):
+    held, real.chat_template = real.chat_template, "{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}"
+    try:
+        expected = []
+        for text in texts:
+            own = f"<u>{text}</u>" if chat else text
+            plain = real(own, add_special_tokens=False)["input_ids"]
+            whole = plain if chat else real(own)["input_ids"]
+            expected.append(whole if bos is None else [real.bos_token_id, *plain] if bos else plain)
+        if not all(expected):
+            with pytest.raises(DataError, match="has no token"):
+                tokenize(real, texts, bos=bos, chat=chat)
+            return
+        tokens = tokenize(real, texts, bos=bos, chat=chat)
+    finally:
+        real.chat_template = held
+    assert tokens.input_ids == expected
+    assert tokens.bos == all(row[0] == real.bos_token_id for row in expected)
 
 
 def naive(tokenizer: Any, ids: list[int], start: int, stop: int) -> list[bool]:
