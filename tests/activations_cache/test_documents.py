@@ -406,6 +406,20 @@ def test_an_index_of_a_parquet_file_is_no_column(tmp_path: Path):
     assert list(read_documents(tmp_path / "a.parquet").columns) == ["label", "who"]
 
 
+def test_lines_may_be_called_json(tmp_path: Path, shared_data: Path):
+    path = tmp_path / "a.json"
+    path.write_text("\n".join(map(json.dumps, ROWS)) + "\n")
+    assert read_documents(path) == read_documents(ROWS)
+    path.write_text('{"text": "one"}\n{oops')
+    with pytest.raises(DataError, match="line 2 is no JSON"):
+        read_documents(path)
+    tofu = read_documents(shared_data / "tofu" / "forget01.json")
+    assert len(tofu) == 40 and tofu.turns and set(tofu.columns) == {"question", "answer"}
+    halu = read_documents(shared_data / "halueval-general" / "general_data.json", "chatgpt_response")
+    lines = (shared_data / "halueval-general" / "general_data.json").read_text("utf-8").splitlines()
+    assert halu.texts == [json.loads(line)["chatgpt_response"] for line in lines]
+
+
 def test_columns_may_come_and_go(tmp_path: Path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a", "x": 1}\n{"text": "b", "y": [1]}\n{"text": "c"}\n{"text": "d", "x": 2, "y": null}\n')
