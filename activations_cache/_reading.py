@@ -53,8 +53,8 @@ def read_documents(data: Any, text_column: str = "text") -> Documents:
 
     Args:
         data: A list of strings, of token-id lists or of row dicts; a path to a .txt (one document a line, blank lines
-            are none), .jsonl, .json (a list, or lines), .csv, .tsv or .parquet file, or to a directory that a Hugging Face
-            dataset's `save_to_disk` wrote; a pandas DataFrame; a Hugging Face dataset (one split); a generator of
+            are none), .jsonl, .json (a list, or lines), .csv, .tsv or .parquet file, or to a directory that a Hugging
+            Face dataset's `save_to_disk` wrote; a pandas DataFrame; a Hugging Face dataset (one split); a generator of
             rows, used up; anything with `.to_df()`; or `Documents`, returned as they are.
         text_column: The column that holds the text. A column `input_ids` takes its place where there is one; rows with
             neither, but with columns `question` and `answer`, have the text `question + " " + answer`.
