@@ -437,7 +437,7 @@ def test_a_full_temporary_folder_is_said(monkeypatch: pytest.MonkeyPatch):
         read_documents(iter(["a long text", "another"]))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux, which limits and counts the heap")
 def test_memory_is_a_chunk_and_not_the_corpus(tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
     """60 MiB of texts and 40 MiB of ids are read and tokenized in a process that may take 32 MiB more than it has."""
     monkeypatch.setattr(_spool, "SPOOL_BYTES", 2**20)
