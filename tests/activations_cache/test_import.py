@@ -175,7 +175,7 @@ def test_directories_that_saelens_did_not_write_are_refused(written: Any, tmp_pa
         "no ids": r"columns hook \(Array2D\); a directory",
         "more": "x",
         "empty": "has 0 rows|cannot be read",
-        "short": "4 token ids each are required",
+        "short": "do not have 4 token ids each",
         "cut": "cannot be read as a Hugging Face dataset",
         "json": "cannot be read as a Hugging Face dataset",
     }.items():
