@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from activations_cache._gather import SCRATCH_BYTES, Outputs, as_tensor, gather_into, gather_rows
-from activations_cache._order import EpochOrder, Layout, Units, part_bounds
-from activations_cache._prefetch import Buffer, Filler, Readable
+from activations_cache._order import EpochOrder, IntArray, Layout, Units, part_bounds
+from activations_cache._prefetch import Buffer, Filler
+from activations_cache._shards import Source
 from activations_cache.errors import CacheMismatchError, DataError, SiteError
 from activations_cache.store import TORCH_TYPES
 
@@ -77,7 +78,6 @@ class Batches(IterableDataset[Batch]):
             and differ by at most one in length, and change from epoch to epoch. With `drop_last`, all parts have
             equally many batches.
         with_rows: Append the row numbers.
-        places: Gives (sequence, position) of every row, for windows; None asks the source for them.
         fingerprint: Names the content of the source, for `load_state_dict`; None uses the source's `identity`.
 
     Raises:
@@ -87,7 +87,7 @@ class Batches(IterableDataset[Batch]):
 
     def __init__(
         self,
-        source: Readable,
+        source: Source,
         sites: str | Sequence[str],
         dtype: torch.dtype | str | None = None,
         *,
@@ -103,7 +103,6 @@ class Batches(IterableDataset[Batch]):
         prefetch: bool | int = True,
         part: tuple[int, int] | None = None,
         with_rows: bool = False,
-        places: Callable[[], tuple[npt.NDArray[Any], npt.NDArray[Any]]] | None = None,
         fingerprint: str | None = None,
         cast: torch.dtype | None = None,
     ) -> None:
@@ -113,17 +112,15 @@ class Batches(IterableDataset[Batch]):
         )
         self.epochs = None if epochs is None else _at_least(0, epochs=epochs)
         self.consecutive, self.prefetch = _at_least(1, consecutive=consecutive), _at_least(0, prefetch=prefetch)
-        self.seed, self.shuffle, self.drop_last, self.with_rows = operator.index(seed), shuffle, drop_last, with_rows
+        self.seed, self.shuffle, self.drop_last, self.with_rows = _whole("seed", seed), shuffle, drop_last, with_rows
         self.part = _part(part)
         self.source, self.single = source, isinstance(sites, str)
         self.sites = (sites,) if isinstance(sites, str) else tuple(sites)
         _check_sites(source, self.sites)
         self.cast = cast or torch_type(dtype)
         self.device = None if device is None else torch.device(device)
-        self.rows = None if rows is None else np.asarray(rows, dtype=np.int64)
-        if self.rows is not None and shuffle:
-            self.rows = np.sort(self.rows)
-        self._places, self._fingerprint = places, fingerprint
+        self.rows = None if rows is None else _row_list(rows, source.rows, shuffle)
+        self._fingerprint = fingerprint
         self.n_rows = source.rows if self.rows is None else len(self.rows)
         if not self.n_rows:
             raise DataError("no rows to draw batches from: the cache holds none yet, or rows= selects none")
@@ -141,7 +138,7 @@ class Batches(IterableDataset[Batch]):
         """What is drawn: rows or windows."""
         if self.consecutive == 1:
             return Units.single(self.n_rows)
-        sequence, position = self._row_places()
+        sequence, position = self.source.field("rows/sequence"), self.source.field("rows/position")
         if self.rows is not None:
             sequence, position = sequence[self.rows], position[self.rows]
         found = Units.windows(self.rows, sequence, position, self.consecutive)
@@ -152,12 +149,6 @@ class Batches(IterableDataset[Batch]):
             )
         self._check_units(found.n)
         return found
-
-    def _row_places(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        if self._places is not None:
-            return self._places()
-        source: Any = self.source
-        return source.field("rows/sequence"), source.field("rows/position")
 
     def layout(self, workers: int = 1) -> Layout:
         """How blocks and buffers are cut to the budget, shared among worker processes."""
@@ -407,15 +398,30 @@ def torch_type(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise DataError(f"{name} must be a whole number; got {value!r}") from None
+
+
 def _at_least(least: int, **setting: Any) -> int:
     ((name, value),) = setting.items()
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise DataError(f"{name} must be a whole number of at least {least}; got {value!r}") from None
+    number = _whole(name, value)
     if number < least:
         raise DataError(f"{name} must be at least {least}; got {number}")
     return number
+
+
+def _row_list(rows: Any, total: int, ascending: bool) -> IntArray:
+    """Row numbers as an array, checked, and in ascending order where the order does not matter."""
+    found = np.asarray(rows)
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise DataError(f"rows must be a list of row numbers; got {found.dtype} {found.shape}")
+    if found.size and (found.min() < 0 or found.max() >= total):
+        raise DataError(f"rows must be numbers from 0 to {total - 1}; got {found.min()} to {found.max()}")
+    numbers: IntArray = found.astype(np.int64)
+    return np.sort(numbers) if ascending else numbers
 
 
 def _part(part: tuple[int, int] | None) -> tuple[int, int]:
@@ -430,7 +436,7 @@ def _part(part: tuple[int, int] | None) -> tuple[int, int]:
     return rank, world
 
 
-def _check_sites(source: Readable, sites: tuple[str, ...]) -> None:
+def _check_sites(source: Source, sites: tuple[str, ...]) -> None:
     if not sites:
         raise DataError("batches need at least one site; got none")
     missing = [site for site in sites if site not in source.specs]

@@ -70,5 +70,6 @@ def move(hf: Any, device: torch.device | str) -> None:
 def _device(device: Any) -> torch.device:
     """accelerate's spelling of a device; a bare number is the number of an accelerator."""
     if isinstance(device, int):
-        return torch.device(torch.accelerator.current_accelerator() or "cuda", device)
+        here = torch.accelerator.current_accelerator()
+        return torch.device("cuda" if here is None else here.type, device)
     return torch.device(device)

@@ -126,14 +126,10 @@ class Encoder:
         """Some texts in one call; `first` is the number of the first."""
         strings = self._render(texts, first) if self.chat else texts
         specials = self.bos is None and not self.chat
+        asked = {"return_offsets_mapping": self.chars, "return_special_tokens_mask": self.special}
+        more = {name: True for name, wanted in asked.items() if wanted}
         # verbose=False: the tokenizer's own length warning is ours to give
-        made = self.tokenizer(
-            strings,
-            add_special_tokens=specials,
-            verbose=False,
-            return_offsets_mapping=self.chars,
-            return_special_tokens_mask=self.special,
-        )
+        made = self.tokenizer(strings, add_special_tokens=specials, verbose=False, **more)
         for local, text in enumerate(texts):
             number, string = first + local, strings[local]
             ids = np.array(made["input_ids"][local], np.int32)

@@ -14,6 +14,7 @@ from activations_cache._generation_plan import Plan
 from activations_cache._generations import (
     Generations,
     Labelled,
+    batch_file,
     from_rows,
     read_batch,
     read_folder,
@@ -91,12 +92,26 @@ def opened(plan: Plan, folder: Path, resume: bool) -> Iterator[list[int]]:
             missing = [number for number in numbers if read_batch(folder, plan.identity, number) is None]
             if held is not None and missing:
                 _warn_of_changes(plan, held, folder)
-            yield missing
+            with _noted(plan, folder):
+                yield missing
     except OSError as error:
         raise CacheError(
             f"{folder} cannot be written: {error}. What was committed is intact: make room or give access, and run "
             "the same again to go on"
         ) from error
+
+
+@contextmanager
+def _noted(plan: Plan, folder: Path) -> Iterator[None]:
+    """Whatever ends the run early says how to go on."""
+    try:
+        yield
+    except BaseException as error:
+        done = sum((folder / batch_file(number)).is_file() for number in range(len(plan.batches)))
+        error.add_note(
+            f"{done} of {len(plan.batches)} batches are committed in {folder}; the same with resume=True goes on"
+        )
+        raise
 
 
 def _held(plan: Plan, folder: Path, resume: bool) -> dict[str, Any] | None:

@@ -172,9 +172,9 @@ class EpochOrder:
         return int(np.searchsorted(self.bounds, unit, side="right")) - 1
 
     def blocks_of(self, buffer: int) -> tuple[IntArray, IntArray]:
-        """The blocks of a buffer: their first units, and one past their last."""
+        """The blocks of a buffer in the order of the file: their first units, and one past their last."""
         kept = slice(buffer * self.blocks, (buffer + 1) * self.blocks)
-        return self.firsts[kept], self.stops[kept]
+        return np.sort(self.firsts[kept]), np.sort(self.stops[kept])
 
 
 def part_bounds(n_units: int, part: tuple[int, int]) -> tuple[int, int]:

@@ -229,11 +229,14 @@ def _linked(world: World) -> Iterator[Links]:
 def _start(world: World) -> None:
     """Make a default group from what the launcher set, with keys of its own, so that it can be made more than once."""
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     global _starts
     _starts += 1
-    store, rank, size = next(iter(dist.rendezvous("env://", world.rank, world.size, timeout=JOIN_TIMEOUT)))
-    keys = dist.PrefixStore(f"activations-cache-{_starts}", store)
+    store, rank, size = next(iter(rendezvous("env://", world.rank, world.size, timeout=JOIN_TIMEOUT)))
+    keys = dist.PrefixStore(  # type: ignore[attr-defined]  # documented, and not in __all__
+        f"activations-cache-{_starts}", store
+    )
     dist.init_process_group("gloo", store=keys, rank=rank, world_size=size, timeout=JOIN_TIMEOUT)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,25 +16,9 @@ from torch import Tensor
 
 from activations_cache._gather import as_tensor, as_words
 from activations_cache._order import EpochOrder, IntArray, Layout, Units, generator
-from activations_cache.store import NUMPY_TYPES, AnyArray, SiteSpec
-
-
-class Readable(Protocol):
-    """What batches are read from: a cache's shards, or anything that joins or selects from them."""
-
-    @property
-    def rows(self) -> int:
-        """How many rows there are."""
-
-    @property
-    def specs(self) -> Mapping[str, SiteSpec]:
-        """The sites."""
-
-    def read_into(self, site: str, start: int, out: AnyArray) -> None:
-        """Fill contiguous `out` [n, *shape] with the raw values of the rows from `start` on."""
-
-    def gather(self, site: str, rows: IntArray) -> AnyArray:
-        """Raw values [len(rows), *shape] of rows by number."""
+from activations_cache._shards import Source
+from activations_cache._spans import read_spans
+from activations_cache.store import NUMPY_TYPES, AnyArray
 
 
 @dataclass(frozen=True)
@@ -74,7 +58,7 @@ class Filler:
 
     def __init__(
         self,
-        source: Readable,
+        source: Source,
         sites: Sequence[str],
         rows: IntArray | None,
         units: Units,
@@ -92,13 +76,10 @@ class Filler:
     def fill(self, slot: int, order: EpochOrder, number: int) -> Buffer:
         """Fill one slot with one buffer of an epoch. What the slot held before is gone."""
         places, counts = self.units.spans(*order.blocks_of(number))
-        held, done = self._slot(slot), 0
-        for place, rows in zip(places.tolist(), (counts + self.units.width - 1).tolist(), strict=True):
-            if self.stopped.is_set():
-                break  # nobody waits for this buffer any more
-            for spec, values in zip(self.specs, held, strict=True):
-                self._read(spec.name, place, values[done : done + rows])
-            done += rows
+        rows, held = counts + self.units.width - 1, self._slot(slot)
+        done = int(rows.sum())
+        for spec, values in zip(self.specs, held, strict=True):
+            self._read(spec.name, places, rows, values[:done])
         words = tuple(
             as_words(as_tensor(values[:done], spec.dtype)) for spec, values in zip(self.specs, held, strict=True)
         )
@@ -124,18 +105,25 @@ class Filler:
             index += np.repeat(np.arange(len(counts)) * (self.units.width - 1), counts)[index]
         return torch.from_numpy(index), numbers
 
-    def _read(self, site: str, place: int, out: AnyArray) -> None:
-        """Read the rows at `place` and after of the list of rows: whole runs where there are, else one by one."""
+    def _read(self, site: str, places: IntArray, counts: IntArray, out: AnyArray) -> None:
+        """Read `counts` rows from each of `places` of the list of rows, end to end."""
         if self.rows is None:
-            self.source.read_into(site, place, out)
+            read_spans(self.source, site, places, counts, out, self.stopped.is_set)
             return
-        chosen = self.rows[place : place + len(out)]
-        breaks = [0, *(np.flatnonzero(np.diff(chosen) != 1) + 1).tolist(), len(chosen)]
-        if len(breaks) - 1 > max(1, len(chosen) // 16):
-            out[...] = self.source.gather(site, chosen)
-            return
-        for start, stop in zip(breaks[:-1], breaks[1:], strict=True):
-            self.source.read_into(site, int(chosen[start]), out[start:stop])
+        done = 0
+        for place, count in zip(places.tolist(), counts.tolist(), strict=True):
+            if self.stopped.is_set():
+                return
+            self._read_chosen(site, self.rows[place : place + count], out[done : done + count])
+            done += count
+
+    def _read_chosen(self, site: str, rows: IntArray, out: AnyArray) -> None:
+        """Read rows by number: runs of neighbours where there are, else one by one."""
+        breaks = np.concatenate([[0], np.flatnonzero(np.diff(rows) != 1) + 1, [len(rows)]])
+        if len(breaks) - 1 > max(1, len(rows) // 16):
+            out[...] = self.source.gather(site, rows)
+        else:
+            read_spans(self.source, site, rows[breaks[:-1]], np.diff(breaks), out, self.stopped.is_set)
 
     def buffers(self, tasks: Iterator[tuple[EpochOrder, int]], ahead: int) -> Iterator[Buffer]:
         """Fill after fill, up to `ahead` of them in a thread before they are asked for.

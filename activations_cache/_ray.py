@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import json
 import platform
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -216,22 +217,27 @@ def _results(
     size = min(workers["concurrency"], len(numbers))
     try:
         rows = ray.data.from_items([{"shard": n} for n in numbers], override_num_blocks=len(numbers))
-        results = rows.map_batches(
-            _Actor,
-            fn_constructor_args=(partial(ray.get, ray.put(_portable(job))), model, device),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=size),
-            num_cpus=workers["num_cpus"],
-            num_gpus=workers["num_gpus"] or None,
-            max_restarts=RESTARTS,
-            max_task_retries=RESTARTS,
-        )
+        with warnings.catch_warnings():  # Ray means to rename the argument for restarts, and has no other yet
+            warnings.filterwarnings("ignore", "`ray_remote_args_fn` is deprecated")
+            results = rows.map_batches(
+                _Actor,
+                fn_constructor_args=(partial(ray.get, ray.put(_portable(job))), model, device),
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(size=size),
+                num_cpus=workers["num_cpus"],
+                num_gpus=workers["num_gpus"] or None,
+                ray_remote_args_fn=_remote_args,
+            )
         for row in results.iter_rows():
             yield from _entries(json.loads(row["message"]))
     except ray.exceptions.RayError as error:
         raise ParallelError(f"Ray could not run the capture: {str(error).strip().splitlines()[-1]}") from error
     finally:
         context.enable_progress_bars = before
+
+
+def _remote_args() -> dict[str, int]:
+    return {"max_restarts": RESTARTS, "max_task_retries": RESTARTS}
 
 
 def _portable(job: Job) -> Job:

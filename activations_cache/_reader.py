@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float64, Int32, Shaped
+from jaxtyping import Float, Float64, Int32, Shaped
 from torch import Tensor
 
 from activations_cache import _info
@@ -553,8 +553,13 @@ def stream_moments(source: Source, spec: SiteSpec) -> Moments:
     step = max(1, BLOCK_BYTES // max(1, spec.row_bytes))
     for start in range(0, source.rows, step):
         values = as_tensor(read(source, spec.name, start, min(start + step, source.rows)), spec.dtype)
-        block = values.double().numpy()  # [block, *shape]
-        mean = block.mean(0)
-        norm = float(np.sqrt((block.reshape(len(block), -1) ** 2).sum(1)).sum())
-        moments.add(Moments(len(block), mean, ((block - mean) ** 2).sum(0), norm))
+        moments.add(block_moments(values))
     return moments
+
+
+def block_moments(values: Float[Tensor, "rows *shape"]) -> Moments:
+    """Moments of rows that are in memory, in float64."""
+    block = values.double().numpy()
+    mean = block.mean(0)
+    norm = float(np.sqrt((block.reshape(len(block), -1) ** 2).sum(1)).sum())
+    return Moments(len(block), mean, ((block - mean) ** 2).sum(0), norm)

@@ -53,14 +53,14 @@ def read_documents(data: Any, text_column: str = "text") -> Documents:
 
     Args:
         data: A list of strings, of token-id lists or of row dicts; a path to a .txt (one document a line, blank lines
-            are none), .jsonl, .json (a list), .csv, .tsv or .parquet file, or to a directory that a Hugging Face
-            dataset's `save_to_disk` wrote; a pandas DataFrame; a Hugging Face dataset (one split); a generator of
+            are none), .jsonl, .json (a list, or lines), .csv, .tsv or .parquet file, or to a directory that a Hugging
+            Face dataset's `save_to_disk` wrote; a pandas DataFrame; a Hugging Face dataset (one split); a generator of
             rows, used up; anything with `.to_df()`; or `Documents`, returned as they are.
         text_column: The column that holds the text. A column `input_ids` takes its place where there is one; rows with
             neither, but with columns `question` and `answer`, have the text `question + " " + answer`.
 
     Returns:
-        The documents, with every other column beside them. Everything but a .json file is read row by row; texts and
+        The documents, with every other column beside them. Everything but a JSON list is read row by row; texts and
         ids beyond 32 MiB are kept in a temporary file, label columns in memory.
 
     Raises:
@@ -158,11 +158,26 @@ def _read_jsonl(path: Path) -> Iterator[Any]:
                 raise DataError(f"{path}, line {number} is no JSON: {error}") from error
 
 
-def _read_json(path: Path) -> list[Any]:
+def _read_json(path: Path) -> Iterator[Any]:
+    """The rows of a JSON list; or of lines of JSON, which many data sets call .json as well."""
+    if _has_lines(path):
+        yield from _read_jsonl(path)
+        return
     rows = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(rows, list):
         raise DataError(f"{path} must hold a JSON list of texts or of rows; got {type(rows).__name__}")
-    return rows
+    yield from rows
+
+
+def _has_lines(path: Path) -> bool:
+    """Whether the first line is a whole JSON object, and not the only one."""
+    with path.open(encoding="utf-8") as file:
+        lines = (line for line in file if line.strip())
+        first, second = next(lines, ""), next(lines, "")
+    try:
+        return bool(second) and isinstance(json.loads(first), dict)
+    except json.JSONDecodeError:
+        return False
 
 
 def _read_parquet(path: Path) -> Iterator[Any]:

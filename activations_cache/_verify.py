@@ -141,8 +141,9 @@ def _dataset(damage: Damage) -> str:
 def index_damage(directory: Path, manifest: Mapping[str, Any]) -> str | None:
     """Say what is wrong with index.h5, or None. The shards must be sound.
 
-    The index must have the bytes of one made afresh. Another version of h5py makes other bytes: an index that says it
-    is by the version that the capture ran under is held against the shards dataset by dataset instead.
+    The index must have the bytes of one made afresh. Another writer or another version of h5py makes other bytes: such
+    an index, which shows in its size or in being by the version that the capture ran under, is held against the shards
+    dataset by dataset instead.
     """
     path = directory / INDEX
     if not path.is_file():
@@ -152,12 +153,13 @@ def index_damage(directory: Path, manifest: Mapping[str, Any]) -> str | None:
         _index._write(fresh, directory, manifest)
         if filecmp.cmp(fresh, path, shallow=False):
             return None
+        same_size = fresh.stat().st_size == path.stat().st_size
     found = index_apart(directory, path.stat().st_size)
     if found.get("manifest") != _index.index_digest(manifest) or found.get("finished") != manifest["finished"]:
         return "is not the manifest's; opening the cache replaces it"
-    captured_by = f"h5py {manifest['libraries'].get('h5py')}, "
-    foreign = found["writer"] != _index.WRITER and str(found["writer"]).startswith(captured_by)
-    if foreign and not found["broken"]:
+    captured_by = f"h5py {manifest.get('libraries', {}).get('h5py')}, "
+    by_another = not same_size or (found["writer"] != _index.WRITER and found["writer"].startswith(captured_by))
+    if by_another and not found["broken"]:
         return None
     return "has altered bytes; delete it, and opening the cache writes it again"
 

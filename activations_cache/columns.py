@@ -46,10 +46,7 @@ def storable_columns(columns: Mapping[str, Sequence[Any]], wanted: Sequence[str]
     kept: dict[str, Column] = {}
     for name in columns if wanted is None else wanted:
         if name in RESERVED and (wanted is not None or not _all_nested(columns[name])):
-            raise DataError(
-                f"column {name!r} has a name that every cache uses itself ({', '.join(RESERVED)}): rename it in the "
-                "data, or leave it out by naming the columns to keep with columns="
-            )
+            check_name(name, "columns")
         column = _column(columns[name]) if _name_fits(name) else None
         if column is None and wanted is not None:
             raise DataError(
@@ -79,6 +76,21 @@ def _all_nested(values: Sequence[Any]) -> bool:
         return base.all_nested
     held = [value for value in values if value is not None]
     return bool(held) and all(map(is_nested, held))
+
+
+def check_name(name: str, setting: str) -> None:
+    """Refuse a name that a cache uses itself or that HDF5 cannot take; `setting` is where it can be left out.
+
+    Raises:
+        DataError: It is one of these.
+    """
+    if name in RESERVED:
+        raise DataError(
+            f"column {name!r} has a name that every cache uses itself ({', '.join(RESERVED)}): rename it in the data, "
+            f"or leave it out by naming the columns to keep with {setting}="
+        )
+    if not _name_fits(name):
+        raise DataError(f"column {name!r} cannot be stored: {_obstacle(name, [])}")
 
 
 def _name_fits(name: str) -> bool:

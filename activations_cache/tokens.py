@@ -17,6 +17,7 @@ import numpy.typing as npt
 from activations_cache._encode import Encoded, Encoder
 from activations_cache._reading import Documents, ids_of, read_documents
 from activations_cache._spool import FlatArray, IdRows, NestedValues, Picked
+from activations_cache.columns import check_name
 from activations_cache.errors import DataError
 from activations_cache.token_columns import TokenColumn, TokenValues, mask_values, row_values
 
@@ -130,8 +131,9 @@ def tokenize(
     Raises:
         DataError: A text of no token, a text too long under overflow="error", BOS or chat asked of a tokenizer that
             has none, or either of them asked for token ids; fewer tokens than `n_tokens`; a token column that is
-            missing, has another length than its row, or values of several types; an answer that is not in its text,
-            or was cut off; answers or spans with a tokenizer that cannot tell which characters a token stands for.
+            missing, has a reserved name, another length than its row, or values of several types; an answer that is
+            not in its text, or was cut off; answers or spans with a tokenizer that cannot tell which characters a token
+            stands for.
     """
     documents = read_documents(documents)
     _check_settings(documents, max_length, bos, chat, overflow, n_tokens)
@@ -164,6 +166,8 @@ def _wanted(documents: Documents, names: Sequence[str] | None, positions: str | 
     """The columns with a value per token, the mask among them."""
     if isinstance(names, str):
         raise DataError(f"token_columns must be a list of names; got the text {names!r}")
+    for name in names or ():
+        check_name(name, "token_columns")
     wanted = [*(names or ()), *(["mask"] if positions == "mask" else [])]
     unknown = [name for name in wanted if name not in documents.columns]
     if unknown:

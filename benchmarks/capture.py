@@ -1,10 +1,13 @@
-"""Capture of residual sites: this project, the bare trunk, TransformerBridge, and SAELens's CacheActivationsRunner.
+"""Capture of residual sites: this project, the bare trunk, TransformerBridge, nnsight and SAELens.
 
-    python -m benchmarks.capture [--full] [--sites last|all] [--repeats N] [--out FILE.json]
+    python -m benchmarks.capture [--sites last|all] [--pairs N] [--rounds N] [--sequences N] [--out FILE.json]
 
-Every arm runs the same batches of the same model (random GPT-2, d 768, 12 layers) once per round, in turn, so that
-whatever else the machine does hits all of them. Reported: medians, the ratio to the bare trunk of the same round
-(median and bootstrap interval), and a floor: the blocks' matrix products alone, and the stored bytes written alone.
+Two measurements of the same model (random GPT-2, d 768, 12 layers). In the first, the bare trunk and capture take turns
+over many tokens, so that what is paid once a capture weighs what it does in a short one and not more; their ratio is
+the target's. In the second, all arms take turns over fewer tokens. Every round runs each arm once, in another order, so
+that whatever else the machine does hits all of them. Reported: medians, the ratio to the bare trunk of the same round
+(median and bootstrap interval), processor time, and floors: the blocks' matrix products alone, and the stored bytes
+written alone.
 """
 
 from __future__ import annotations
@@ -13,13 +16,15 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +41,10 @@ from torch import Tensor
 class Settings:
     """What is run."""
 
-    sequences: int = 16
+    sequences: int = 96
     length: int = 128
     batch: int = 8
-    repeats: int = 5
+    repeats: int = 9
     layers: int = 12
     d_model: int = 768
     heads: int = 12
@@ -53,29 +58,48 @@ class Settings:
         return self.sequences * self.length
 
 
+def random_gpt2(settings: Settings) -> Any:
+    """GPT-2's shape with random weights, in eval mode."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(settings.seed)
+    config = GPT2Config(
+        vocab_size=settings.vocab,
+        n_embd=settings.d_model,
+        n_layer=settings.layers,
+        n_head=settings.heads,
+        n_positions=max(1024, settings.length),
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
 class Bench:
     """The model, the data and one method per arm. Each method returns [sequences, length, d_model] of the last site."""
 
-    def __init__(self, settings: Settings, folder: Path) -> None:
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        self.settings, self.folder = settings, folder
+    def __init__(self, settings: Settings, model: Any, folder: Path) -> None:
+        self.settings, self.model, self.folder = settings, model, folder
         torch.manual_seed(settings.seed)
-        config = GPT2Config(
-            vocab_size=settings.vocab,
-            n_embd=settings.d_model,
-            n_layer=settings.layers,
-            n_head=settings.heads,
-            n_positions=max(1024, settings.length),
-        )
-        self.model = GPT2LMHeadModel(config).eval()
         self.ids = torch.randint(0, settings.vocab, (settings.sequences, settings.length))
         self.site = f"blocks.{settings.layers - 1}.hook_resid_post"
         self.patterns = self.site if settings.sites == "last" else "blocks.*.hook_resid_post"
-        self.model.save_pretrained(folder / "model")
-        _save_tokenizer(settings.vocab, folder / "model")
-        self.bridge = _bridge(self.model)
+        self.last_seconds: float | None = None
+        self.setup_seconds = 0.0
         self.runs = 0
+
+    @cached_property
+    def bridge(self) -> Any:
+        """A TransformerBridge that shares the model's weights."""
+        from probe import models
+
+        return models.wrap(self.model, None, name="gpt2").bridge
+
+    @cached_property
+    def saved_model(self) -> Path:
+        """The model as a directory, which SAELens loads."""
+        path = self.folder / "model"
+        self.model.save_pretrained(path)
+        _save_tokenizer(self.settings.vocab, path)
+        return path
 
     def fresh(self) -> Path:
         """A directory that nobody has written to."""
@@ -99,16 +123,39 @@ class Bench:
         return torch.cat(kept)
 
     def capture(self) -> Tensor:
-        """`activations_cache.capture` to disk, hashing of the weights included."""
-        self.captured = self.fresh()
-        return _last(self.capture_to(self.captured), self)
-
-    def capture_to(self, out: Path) -> Any:
-        """The cache of this run's sites in `out`."""
+        """`activations_cache.capture` to disk, hashing of the weights included; notes when its first forward begins."""
         import activations_cache as ac
 
+        started, began = time.perf_counter(), []
+        self.captured = self.fresh()
         budget = self.settings.batch * self.settings.length
-        return ac.capture(self.model, self.ids, self.patterns, out, batch_tokens=budget, progress=False)
+        handle = self.model.register_forward_pre_hook(lambda *_: began.append(time.perf_counter()))
+        try:
+            cache = ac.capture(self.model, self.ids, self.patterns, self.captured, batch_tokens=budget, progress=False)
+        finally:
+            handle.remove()
+        self.last_seconds = time.perf_counter() - started  # before the check reads the rows back
+        self.setup_seconds = began[0] - started
+        return _last(cache, self)
+
+    @torch.no_grad()
+    def check_every_site(self) -> None:
+        """The rows of the latest capture equal what hooks of our own see in the first batch, bit for bit."""
+        import activations_cache as ac
+
+        cache, ids, seen = ac.open(self.captured), self.batches()[0], {}
+        for layer, block in enumerate(self.model.transformer.h):
+            name = f"blocks.{layer}.hook_resid_post"
+            if name in cache.sites:
+                block.register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: _first(out)}))
+        self.model.transformer(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        for block in self.model.transformer.h:
+            block._forward_hooks.clear()
+        for name, value in seen.items():
+            if not torch.equal(cache[name][: ids.numel()], value.flatten(0, 1)):
+                raise SystemExit(f"{name}: the captured rows are not those of the forward")
+        if len(seen) != len(cache.sites):
+            raise SystemExit(f"{len(cache.sites)} sites were captured, {len(seen)} compared")
 
     @torch.no_grad()
     def transformer_bridge(self) -> Tensor:
@@ -119,6 +166,22 @@ class Bench:
         for ids in self.batches():
             _, cache = self.bridge.run_with_cache(ids, names_filter=names, stop_at_layer=self.settings.layers)
             kept.append(cache[self.site])
+        return torch.cat(kept)
+
+    @torch.no_grad()
+    def nnsight(self) -> Tensor:
+        """`nnsight`: a trace per batch that saves the blocks' outputs into RAM and stops after the last block."""
+        import nnsight
+
+        traced, kept = nnsight.NNsight(self.model), []
+        first = self.settings.layers - 1 if self.settings.sites == "last" else 0
+        for ids in self.batches():
+            with traced.trace(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False) as tracer:
+                outputs = nnsight.save([])
+                for block in traced.transformer.h[first:]:
+                    outputs.append(block.output)
+                tracer.stop()
+            kept.append(_first(outputs[-1]))
         return torch.cat(kept)
 
     def saelens(self) -> Tensor:
@@ -137,7 +200,7 @@ class Bench:
 
         config = CacheActivationsRunnerConfig(
             dataset_path="ids",
-            model_name=str(self.folder / "model"),
+            model_name=str(self.saved_model),
             model_class_name="AutoModelForCausalLM",
             model_batch_size=self.settings.batch,
             hook_name=f"transformer.h.{self.settings.layers - 1}",
@@ -198,51 +261,53 @@ def _save_tokenizer(vocab: int, folder: Path) -> None:
     made.save_pretrained(folder)
 
 
-def _bridge(model: Any) -> Any:
-    from probe import models
-
-    return models.wrap(model, None, name="gpt2").bridge
-
-
-def timed(arm: Callable[[], Any], bench: Bench) -> tuple[float, Any]:
-    """Seconds of one call (of what the arm says it measured, where it says so)."""
-    bench.last_seconds = None  # type: ignore[assignment]
-    started = time.perf_counter()
+def timed(arm: Callable[[], Any], bench: Bench) -> tuple[float, float, Any]:
+    """Seconds and processor seconds of one call (seconds of what the arm says it measured, where it says so)."""
+    bench.last_seconds = None
+    before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     result = arm()
-    seconds = time.perf_counter() - started
-    return (seconds if bench.last_seconds is None else bench.last_seconds), result
+    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
+    processor = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    return (seconds if bench.last_seconds is None else bench.last_seconds), processor, result
 
 
-def setup_seconds(bench: Bench) -> float:
-    """What capture spends before its first forward: hashing the weights, tokenizing, planning."""
-    started = time.perf_counter()
-    bench.capture_to(bench.captured)  # finished already: prepared, compared, opened
-    return time.perf_counter() - started
+BARE, OURS = "bare trunk", "activations_cache.capture"
 
 
-def measure(settings: Settings, folder: Path) -> dict[str, Any]:
+def arms_of(bench: Bench, names: str) -> dict[str, Callable[[], Any]]:
+    """The arms of the first measurement ("pair") or of the second ("peers")."""
+    arms: dict[str, Callable[[], Any]] = {BARE: bench.bare_trunk, OURS: bench.capture}
+    if names == "peers":
+        arms["TransformerBridge.run_with_cache (RAM only)"] = bench.transformer_bridge
+        arms["nnsight trace (RAM only)"] = bench.nnsight
+        if bench.settings.sites == "last":
+            arms["SAELens CacheActivationsRunner"] = bench.saelens
+        arms |= {"floor: matrix products": bench.matrix_products, "floor: bytes written": bench.bytes_written}
+    return arms
+
+
+def measure(bench: Bench, names: str) -> dict[str, Any]:
     """Run every arm in every round; check the results; summarise."""
-    bench = Bench(settings, folder)
-    arms: dict[str, Callable[[], Any]] = {"bare trunk": bench.bare_trunk, "activations_cache.capture": bench.capture}
-    arms["TransformerBridge.run_with_cache (RAM only)"] = bench.transformer_bridge
-    if settings.sites == "last":
-        arms["SAELens CacheActivationsRunner"] = bench.saelens
-    arms |= {"floor: matrix products": bench.matrix_products, "floor: bytes written": bench.bytes_written}
+    arms, settings = arms_of(bench, names), bench.settings
     times: dict[str, list[float]] = {name: [] for name in arms}
+    processor: dict[str, list[float]] = {name: [] for name in arms}
     setup: list[float] = []
     for round_number in range(settings.repeats + 1):  # the first round warms up and is checked, not counted
         results = {}
         for name in _turned(list(arms), round_number):
-            seconds, results[name] = timed(arms[name], bench)
+            seconds, used, results[name] = timed(arms[name], bench)
             if round_number:
                 times[name].append(seconds)
-        setup.append(setup_seconds(bench))
+                processor[name].append(used)
+        setup.append(bench.setup_seconds)
+        if not round_number:
+            bench.check_every_site()
         worst = _check(results)
-        for path in folder.glob("run-*"):
+        for path in bench.folder.glob("run-*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    rows = [_row(name, values, times["bare trunk"], settings) for name, values in times.items()]
-    streaming = [a - b for a, b in zip(times["activations_cache.capture"], setup[1:], strict=True)]
-    rows.insert(2, _row("  of it after the set-up (hashing, planning)", streaming, times["bare trunk"], settings))
+    rows = [_row(name, values, times[BARE], processor[name], settings) for name, values in times.items()]
+    streaming = [a - b for a, b in zip(times[OURS], setup[1:], strict=True)]
+    rows.insert(2, _row("  of it after the set-up (hashing, planning)", streaming, times[BARE], None, settings))
     return {
         "settings": {**asdict(settings), "tokens": settings.tokens},
         "largest difference": worst,
@@ -250,6 +315,8 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
         "versions": {"torch": torch.__version__},
         "rows": rows,
         "seconds": times,
+        "processor seconds": processor,
+        "set-up seconds": setup[1:],
     }
 
 
@@ -270,12 +337,15 @@ def _check(results: dict[str, Any]) -> float:
     return worst
 
 
-def _row(name: str, seconds: list[float], base: list[float], settings: Settings) -> dict[str, Any]:
+def _row(
+    name: str, seconds: Sequence[float], base: Sequence[float], processor: Sequence[float] | None, settings: Settings
+) -> dict[str, Any]:
     ratios = np.array(seconds) / np.array(base)
     low, high = bootstrap_median(ratios)
     return {
         "arm": name,
         "median s": statistics.median(seconds),
+        "processor s": None if processor is None else statistics.median(processor),
         "tokens/s": settings.tokens / statistics.median(seconds),
         "ratio": float(np.median(ratios)),
         "low": low,
@@ -294,40 +364,51 @@ def table(result: dict[str, Any]) -> str:
     """The rows as a markdown table."""
     settings, machine = result["settings"], result["machine"]
     lines = [
-        f"{settings['tokens']} tokens in batches of {settings['batch']} x {settings['length']}, GPT-2 of "
-        f"{settings['layers']} layers, d {settings['d_model']}, sites: {settings['sites']} resid_post, float32; "
+        f"{settings['sites']} resid_post: {settings['tokens']} tokens in batches of {settings['batch']} x "
+        f"{settings['length']}, GPT-2 of {settings['layers']} layers, d {settings['d_model']}, float32; "
         f"{settings['repeats']} rounds; {machine['threads']} threads, load {machine['load'][0]:.1f}; "
         f"results agree to {result['largest difference']:.1g}",
         "",
-        "| arm | median s | tokens/s | ratio to the bare trunk (95 %) |",
-        "| --- | ---: | ---: | ---: |",
+        "| arm | median s | tokens/s | processor s | ratio to the bare trunk (95 %) |",
+        "| --- | ---: | ---: | ---: | ---: |",
     ]
     for row in result["rows"]:
         ratio = f"{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
-        lines.append(f"| {row['arm']} | {row['median s']:.3f} | {row['tokens/s']:,.0f} | {ratio} |")
+        used = "" if row["processor s"] is None else f"{row['processor s']:.2f}"
+        lines.append(f"| {row['arm']} | {row['median s']:.3f} | {row['tokens/s']:,.0f} | {used} | {ratio} |")
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Parse the arguments, measure, print the table."""
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.capture", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--full", action="store_true", help="8x the tokens and 15 rounds (half an hour on 2 cores)")
-    parser.add_argument("--sites", choices=["last", "all"], default="last", help="the last resid_post, or every one")
-    parser.add_argument("--repeats", type=int, help="rounds that are counted")
+    parser.add_argument("--sites", choices=["last", "all"], help="the last resid_post, or every one; both by default")
+    parser.add_argument("--pairs", type=int, default=Settings.repeats, help="rounds of bare trunk and capture")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds of all arms, over 2,048 tokens; 0 leaves it out")
+    parser.add_argument("--sequences", type=int, default=Settings.sequences, help="sequences of 128 tokens in a pair")
     parser.add_argument("--layers", type=int, default=Settings.layers)
     parser.add_argument("--out", type=Path, help="also write everything as json")
-    arguments = parser.parse_args()
-    size = {"sequences": 128, "batch": 16, "repeats": 15} if arguments.full else {}
-    if arguments.repeats:
-        size["repeats"] = arguments.repeats
-    settings = Settings(sites=arguments.sites, layers=arguments.layers, **size)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Parse the arguments, measure, print the tables."""
+    asked, results = arguments(), {}
+    base = Settings(layers=asked.layers, repeats=asked.pairs, sequences=asked.sequences)
+    model = random_gpt2(base)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = measure(settings, Path(folder))
-    print(table(result))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1))
+        for which in [asked.sites] if asked.sites else ["last", "all"]:
+            pair = replace(base, sites=which)
+            peers = replace(pair, sequences=16, repeats=asked.rounds)
+            for names, settings in (("pair", pair), ("peers", peers)):
+                if settings.repeats:
+                    results[f"{which} {names}"] = measure(Bench(settings, model, Path(folder)), names)
+                    print(table(results[f"{which} {names}"]), flush=True)
+                    print()
+    if asked.out:
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
+        asked.out.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

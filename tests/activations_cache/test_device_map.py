@@ -165,6 +165,12 @@ def test_a_dispatched_model_cannot_be_moved(saved: dict[str, Path], tmp_path: Pa
     assert next(plain.parameters()).device.type == "cpu"
 
 
+def test_a_device_cannot_be_asked_for_in_a_capture_either(saved: dict[str, Path], tmp_path: Path):
+    with pytest.raises(ModelError, match="Leave out `device`"):
+        small(tmp_path / "acts", rows_of(5), SITES, loaded(saved["llama"], "split", tmp_path / "scratch"), device="cpu")
+    assert not (tmp_path / "acts").exists()
+
+
 def test_edits_still_refuse_offloaded_weights(saved: dict[str, Path], tmp_path: Path):
     """Only reading is offered: what maps weights in order to write them says that they are elsewhere."""
     with pytest.raises(ModelError, match=r"meta device \(model\.layers\.1\..*Load it fully first"):

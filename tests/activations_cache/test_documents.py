@@ -406,6 +406,20 @@ def test_an_index_of_a_parquet_file_is_no_column(tmp_path: Path):
     assert list(read_documents(tmp_path / "a.parquet").columns) == ["label", "who"]
 
 
+def test_lines_may_be_called_json(tmp_path: Path, shared_data: Path):
+    path = tmp_path / "a.json"
+    path.write_text("\n".join(map(json.dumps, ROWS)) + "\n")
+    assert read_documents(path) == read_documents(ROWS)
+    path.write_text('{"text": "one"}\n{oops')
+    with pytest.raises(DataError, match="line 2 is no JSON"):
+        read_documents(path)
+    tofu = read_documents(shared_data / "tofu" / "forget01.json")
+    assert len(tofu) == 40 and tofu.turns and set(tofu.columns) == {"question", "answer"}
+    halu = read_documents(shared_data / "halueval-general" / "general_data.json", "chatgpt_response")
+    lines = (shared_data / "halueval-general" / "general_data.json").read_text("utf-8").splitlines()
+    assert halu.texts == [json.loads(line)["chatgpt_response"] for line in lines]
+
+
 def test_columns_may_come_and_go(tmp_path: Path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a", "x": 1}\n{"text": "b", "y": [1]}\n{"text": "c"}\n{"text": "d", "x": 2, "y": null}\n')
@@ -423,7 +437,7 @@ def test_a_full_temporary_folder_is_said(monkeypatch: pytest.MonkeyPatch):
         read_documents(iter(["a long text", "another"]))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux, which limits and counts the heap")
 def test_memory_is_a_chunk_and_not_the_corpus(tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
     """60 MiB of texts and 40 MiB of ids are read and tokenized in a process that may take 32 MiB more than it has."""
     monkeypatch.setattr(_spool, "SPOOL_BYTES", 2**20)
@@ -614,8 +628,13 @@ def test_values_that_fit_no_token_are_refused(values: Any, message: str):
 
 
 def test_token_columns_must_be_there():
-    row = {"input_ids": [1], "x": [None]}
-    for asked, message in ((["y"], "no column 'y' in the data"), ("x", "must be a list of names")):
+    row = {"input_ids": [1], "x": [None], "mask": [1], "a/b": [1]}
+    for asked, message in (
+        (["y"], "no column 'y' in the data"),
+        ("x", "must be a list of names"),
+        (["mask"], "column 'mask' has a name .* token_columns="),
+        (["a/b"], "column 'a/b' cannot be stored: its name has a '/'"),
+    ):
         with pytest.raises(DataError, match=message):
             tokenize(None, [row], token_columns=asked)
     with pytest.raises(DataError, match="column 'x' has no value for any token"):
@@ -630,6 +649,30 @@ def real(request: pytest.FixtureRequest, shared_data: Path) -> Any:
     if request.param == "gpt2":
         return GPT2TokenizerFast.from_pretrained(shared_data / "tokenizers" / "gpt2")
     return AutoTokenizer.from_pretrained(shared_data / "stories260K")
+
+
+@pytest.mark.parametrize("bos", [None, True, False])
+@pytest.mark.parametrize("chat", [False, True])
+@settings(max_examples=25, deadline=None)
+@given(texts=st.lists(st.text(min_size=1, max_size=12).filter(str.strip), min_size=1, max_size=6))
+def test_texts_are_tokenized_as_one_by_one(real: Any, bos: bool | None, chat: bool, texts: list[str]):
+    held, real.chat_template = real.chat_template, "{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}"
+    try:
+        expected = []
+        for text in texts:
+            own = f"<u>{text}</u>" if chat else text
+            plain = real(own, add_special_tokens=False)["input_ids"]
+            whole = plain if chat else real(own)["input_ids"]
+            expected.append(whole if bos is None else [real.bos_token_id, *plain] if bos else plain)
+        if not all(expected):
+            with pytest.raises(DataError, match="has no token"):
+                tokenize(real, texts, bos=bos, chat=chat)
+            return
+        tokens = tokenize(real, texts, bos=bos, chat=chat)
+    finally:
+        real.chat_template = held
+    assert tokens.input_ids == expected
+    assert tokens.bos == all(row[0] == real.bos_token_id for row in expected)
 
 
 def naive(tokenizer: Any, ids: list[int], start: int, stop: int) -> list[bool]:

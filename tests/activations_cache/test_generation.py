@@ -344,6 +344,21 @@ def test_killed_at_a_step_of_a_commit_and_resumed_equals_uninterrupted(model: An
     assert not list(out.glob(".*.partial"))
 
 
+def test_an_interrupted_run_says_how_to_go_on(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real = Plan.run
+
+    def stopped(plan: Plan, number: int) -> Any:
+        if number == 2:
+            raise KeyboardInterrupt
+        return real(plan, number)
+
+    monkeypatch.setattr(Plan, "run", stopped)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        sampled(model, tmp_path / "g")
+    assert caught.value.__notes__[0].startswith("2 of ")
+    assert len(list((tmp_path / "g").glob("batch-*.jsonl"))) == 2
+
+
 def test_a_finished_run_is_returned_without_the_model(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     rows = sampled(model, tmp_path / "g")
     monkeypatch.setattr(_decoding, "_run", None)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -173,6 +175,29 @@ def test_a_killed_rank_ends_the_others_and_any_resume_gives_the_same_bytes(victi
     assert outcomes[1 - victim].startswith(f"ParallelError: rank {victim} of 2 failed: its process is gone (")
     assert check_unfinished(out, whole) <= 4 + victim
     assert run_ranks(tmp_path, [capturing(out)] * 2) == ["ok", "ok"]
+    check_finished(out, whole)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_any_time_by_any_number_of_ranks(seed: int, whole: Path, tmp_path: Path):
+    """Runs of one to three ranks in turn, some of which die after a random time; then one that finishes."""
+    chance, out = random.Random(seed), tmp_path / "acts"
+
+    def dying(delay: float | None) -> Callable[[], Any]:
+        def work() -> None:
+            if delay is not None:
+                threading.Timer(delay, die).start()
+            small(out, labelled_rows(30))
+
+        return work
+
+    for _ in range(3):
+        delays = [chance.uniform(0.05, 0.5) if chance.random() < 0.7 else None for _ in range(chance.randint(1, 3))]
+        for outcome in run_ranks(tmp_path, [dying(delay) for delay in delays]):
+            assert outcome in ("ok", "signal 9") or outcome.startswith("ParallelError: rank "), outcome
+        if (out / "manifest.json").exists() and not store.read_manifest(out)["finished"]:
+            check_unfinished(out, whole)
+    small(out, labelled_rows(30))
     check_finished(out, whole)
 
 
