@@ -121,7 +121,7 @@ def import_saelens(
     if shard_rows is None:
         shard_rows = default_shard_rows(spec.row_bytes, contexts.length)
     lengths = np.full(len(contexts), contexts.length)
-    plan = make_plan(lengths, lengths, batch_tokens=contexts.length, shard_rows=shard_rows, positions="all")
+    plan = make_plan(lengths, lengths, batch_tokens=contexts.length, shard_rows=shard_rows)
     if model is not None:
         _check_model(contexts, spec, model)
     tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer

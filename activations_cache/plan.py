@@ -14,14 +14,12 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from activations_cache.errors import DataError
 
-Positions = Literal["all", "last"]
 IntArray = npt.NDArray[np.int64]
 
 DEFAULT_SHARD_BYTES = 128 * 2**20
@@ -75,7 +73,6 @@ class Plan:
     shards: tuple[Shard, ...]
     lengths: IntArray
     stored: IntArray
-    positions: str = "chosen"
 
     @property
     def rows(self) -> int:
@@ -117,12 +114,7 @@ def default_shard_rows(row_bytes: int, batch_tokens: int) -> int:
 
 
 def make_plan(
-    lengths: Sequence[int] | IntArray,
-    stored: Sequence[int] | IntArray | None = None,
-    *,
-    batch_tokens: int,
-    shard_rows: int,
-    positions: str = "chosen",
+    lengths: Sequence[int] | IntArray, stored: Sequence[int] | IntArray, *, batch_tokens: int, shard_rows: int
 ) -> Plan:
     """Plan a capture.
 
@@ -137,8 +129,6 @@ def make_plan(
     Raises:
         DataError: A setting out of range, counts that do not fit the lengths, an empty sequence, no row to store.
     """
-    if stored is None:
-        stored = np.ones(len(lengths), np.int64) if positions == "last" else lengths
     for name, value in (("batch_tokens", batch_tokens), ("shard_rows", shard_rows)):
         if value < 1:
             raise DataError(f"{name} must be at least 1; got {value}")
@@ -150,7 +140,7 @@ def make_plan(
         first_row, n_rows, n_tokens = int(rows[start]), int(rows[stop] - rows[start]), int(tokens[stop] - tokens[start])
         batches = batches_of(sizes[start:stop], start, batch_tokens)
         shards.append(Shard(index, start, stop - start, first_row, n_rows, n_tokens, batches))
-    return Plan(tuple(shards), sizes, kept, positions)
+    return Plan(tuple(shards), sizes, kept)
 
 
 def _check(sizes: IntArray, kept: IntArray) -> None:
