@@ -63,6 +63,24 @@ class Problem:
     def __str__(self) -> str:
         return f"{self.file}: {self.described}"
 
+    @property
+    def lines(self) -> list[str]:
+        """For a terminal: the file and the sequences that are affected, and a line per damaged dataset."""
+        sequences = ranges_text(runs(self.sequences)) or "none"
+        detail = "has altered bytes" if self.damage else self.detail
+        head = f"{self.file}  {detail}; sequences affected: {sequences} ({len(self.sequences)})"
+        return [head, *(f"    {part.dataset}  rows {ranges_text(part.rows) or 'unknown'}" for part in self.damage)]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What `repair` will ask for: nothing, "model", or "model" and "data"."""
+        if self.kind == "index" or not self.sequences:
+            return ()
+        kept = ("sites/", "rows/sequence", "rows/position", "rows/logprob")
+        if self.damage and all(part.dataset.startswith(kept) for part in self.damage):
+            return ("model",)
+        return ("model", "data")
+
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON holds them."""
         return asdict(self)
@@ -186,10 +204,4 @@ def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
 
 def table(problems: Sequence[Problem]) -> str:
     """The problems as a table: a line per file, and below it one per damaged dataset."""
-    lines = []
-    for problem in problems:
-        sequences = ranges_text(runs(problem.sequences)) or "none"
-        detail = "has altered bytes" if problem.damage else problem.detail
-        lines.append(f"{problem.file}  {detail}; sequences affected: {sequences} ({len(problem.sequences)})")
-        lines += [f"    {part.dataset}  rows {ranges_text(part.rows) or 'unknown'}" for part in problem.damage]
-    return "\n".join(lines)
+    return "\n".join(line for problem in problems for line in problem.lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -247,12 +248,23 @@ def _add_generate(commands: Any) -> None:
 
 def _add_cache(commands: Any) -> None:
     actions = _group(commands, "cache", "look into a cache, or check it")
-    for name, text, command in (
-        ("info", "show what is inside a cache", _cache_info),
-        ("verify", "check every file of a cache; exits with 1 if one is damaged", _cache_verify),
-    ):
-        _add(actions, name, text, command, f"probe cache {name} acts/").add_argument("directory", type=Path)
+    shown = _add(actions, "info", "show what is inside a cache", _cache_info, "probe cache info acts/")
+    shown.add_argument("directory", type=Path)
+    _add_cache_verify(actions)
     _add_cache_export(actions)
+
+
+def _add_cache_verify(actions: Any) -> None:
+    text = "check every byte of a cache, and perhaps repair it; exits with 1 if something is damaged"
+    made = _add(actions, "verify", text, _cache_verify, "probe cache verify acts/ --repair --data texts.jsonl")
+    made.add_argument("directory", type=Path)
+    made.add_argument("--json", action="store_true", help="print what is damaged as JSON")
+    made.add_argument("--repair", action="store_true", help="capture again what is damaged, and that alone")
+    made.add_argument("--model", help="for --repair: the model (default: the one that the cache names)")
+    made.add_argument("--model-dtype", help="type to load it in (default: the one that the cache names)")
+    made.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+    made.add_argument("--data", type=Path, help="for --repair: the data, needed where a whole shard is gone")
+    made.add_argument("--text-column", default="text", metavar="NAME")
 
 
 def _add_cache_export(actions: Any) -> None:
@@ -486,13 +498,38 @@ def _cache_verify(a: argparse.Namespace) -> int:
     import activations_cache as ac
 
     cache = ac.open(a.directory, check=False)
-    problems = cache.verify()
-    for problem in problems:
-        print(problem)
+    problems = cache.verify(progress=_bars())
+    if a.json:
+        print(json.dumps([problem.to_json() for problem in problems], indent=1))
+    else:
+        for line in (line for problem in problems for line in problem.lines):
+            print(line)
+    if problems and a.repair:
+        print(_repaired(a, cache, problems))
+        problems = ac.open(a.directory, check=False).verify()
+    if a.json:
+        return 1 if problems else 0
     whole = "" if cache.finished else " (an unfinished cache: the same capture goes on with it)"
     found = f"{len(problems)} problems" if problems else "every byte is as it was written"
     print(f"{a.directory}: {found}{whole}")
+    if problems:
+        needs = {part for problem in problems for part in problem.needs}
+        data = " --data FILE" if "data" in needs else ""
+        model = f" --model {cache.model.name}" if "model" in needs else ""
+        print(
+            f"to capture again what is damaged, and that alone: probe cache verify {a.directory} --repair{model}{data}"
+        )
     return 1 if problems else 0
+
+
+def _repaired(a: argparse.Namespace, cache: Any, problems: Any) -> Any:
+    import activations_cache as ac
+    from probe.models import load
+
+    model = None
+    if any(problem.needs for problem in problems):
+        model = load(a.model or cache.model.name, dtype=a.model_dtype or cache.model.dtype, device=a.device)
+    return ac.repair(a.directory, model, a.data, text_column=a.text_column, progress=_bars())
 
 
 def _sae_train(a: argparse.Namespace) -> int:
