@@ -12,9 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import activations_cache as ac
 from activations_cache.errors import DataError
 from activations_cache.positions import Selection, select
 from activations_cache.tokens import Tokens, tokenize
+from tests.activations_cache.caches import by_hand
 
 THREE = Tokens.from_rows([[5, 6, 7], [8], [1, 2, 3, 4]])
 
@@ -359,3 +361,33 @@ def test_spans_that_fit_no_sequence_are_refused():
     for span in ([1, 1], [2, 1], [-1, 2], [0, 4]):
         with pytest.raises(DataError, match=r"answer of sequence 1 .* empty or cut off"):
             select(Tokens.from_rows([[1], [1, 2, 3]], spans=np.array([[0, 1], span])), "answer")
+
+
+def test_answers_of_a_real_model_are_stored_and_pooled(shared_data: Path, tmp_path: Path):
+    """Rows of a capture against a hook on the bare model, at the positions that decode to the answer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = shared_data / "stories260K"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    rows: list[dict[str, Any]] = [
+        {**row, "who": [{"start": 0, "stop": 3, "label": "first"}]} for row in tofu(shared_data, 6)
+    ]
+    site = "blocks.2.hook_resid_post"
+    asked: dict[str, Any] = {"tokenizer": tokenizer, "positions": "answer", "progress": False, "batch_tokens": 400}
+    cache = ac.capture(model, rows, site, tmp_path / "rows", token_columns=["who"], **asked)
+    pooled = ac.capture(model, rows, site, tmp_path / "pooled", pool="mean", **asked)
+    ids = [tokenizer(f"{row['question']} {row['answer']}")["input_ids"] for row in rows]
+    whole, at = by_hand(model, ids, 2), 0
+    for number, row in enumerate(rows):
+        question = len(row["question"]) + 1
+        own = by_prefixes(tokenizer, ids[number], question, question + len(row["answer"]))
+        stop = at + len(own)
+        assert cache.rows["position"][at:stop].tolist() == own
+        assert set(cache.rows["sequence"][at:stop].tolist()) == {number}
+        torch.testing.assert_close(cache[site][at:stop], whole[number][own], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            pooled[site][number : number + 1][0], whole[number][own].mean(0), rtol=1e-4, atol=1e-4
+        )
+        at = stop
+    assert len(cache) == at and len(pooled) == len(rows)
+    assert cache.manifest["data"]["selection"] != pooled.manifest["data"]["selection"]
