@@ -24,6 +24,7 @@ from activations_cache.plan import IntArray
 from activations_cache.positions import Selection
 from activations_cache.store import LARGEST, LOGPROB, TORCH_TYPES, AnyArray, Moments, SiteSpec
 
+GROUP_ROWS = 64  # rows that moments sum in float32
 HEAD_TOKENS = 1024  # log-probabilities are taken of so many positions at a time: [1024, d_vocab] in float32
 
 
@@ -224,13 +225,20 @@ class _Pending:
         self.moments: _RawMoments | None = None
         self.arrived: Any = None  # the event that says so, on a GPU
         if spec.floating and len(rows):
-            self.extremes = torch.stack(rows.aminmax()).double()  # both are NaN if any value is
             self.moments = _raw_moments(stored.flatten(1).float())
         if copies is None:
             self.stored = stored.cpu()
-            self._check()
+            if self.moments is not None and not math.isfinite(float(self.moments.norm_sum)):
+                self._look_at(rows)
         else:
+            if self.moments is not None:
+                self.extremes = torch.stack(rows.aminmax()).double()
             self._fetch(stored, copies)
+
+    def _look_at(self, rows: Tensor) -> None:
+        """The sum of norms is finite only if every stored value is: else find out whether one is not."""
+        self.extremes = torch.stack(rows.aminmax()).double()
+        self._check()
 
     def _fetch(self, stored: Tensor, copies: Any) -> None:
         """Start copies to pinned memory on their own stream, behind what the forward has queued so far."""
@@ -261,14 +269,14 @@ class _Pending:
     def _check(self) -> None:
         if self.extremes is None:
             return
-        low, high = self.extremes.tolist()
+        low, high = self.extremes.tolist()  # both are NaN if any value is
         largest = max(-low, high) if low == low and high == high else math.nan
         limit = LARGEST[self.spec.dtype]
         if largest <= limit:
             return
-        size = self.stored.flatten(1).float().abs()
-        bad = ~(size <= limit).all(1)  # what is too large is infinite when stored, or was rounded down to the limit
-        bad = bad if bool(bad.any()) else (size == limit).any(1)
+        bad = ~(self.stored.flatten(1).float().abs() <= limit).all(1)  # what does not fit was stored as infinity
+        if not bool(bad.any()):
+            return  # above the limit, and rounded to it
         name, where = self.spec.name, f"in sequence {int(self.sequences[int(bad.nonzero()[0])])}"
         if math.isnan(largest):
             raise NumericsError(f"{name} is NaN {where}; check the model's weights and the input")
@@ -326,16 +334,26 @@ def batch_moments(rows: Shaped[Tensor, "rows *shape"]) -> Moments:
 
 
 def _raw_moments(flat: Float[Tensor, "rows n"]) -> _RawMoments:
-    """The values are shifted by their mean in float32 before they are squared, so that the sums lose no more than the
-    rows' own rounding, without a copy of the batch in float64."""
+    """The values are shifted by their mean before they are squared, so that the sums lose no more than the rows' own
+    rounding, without a copy of the batch in float64."""
     flat = flat.cpu() if flat.device.type == "mps" else flat  # which has no float64
     norms = torch.linalg.vector_norm(flat, dim=1).sum(dtype=torch.float64)
     shift = flat.mean(0)  # [n]
     centred = flat - shift
-    first = centred.sum(0, dtype=torch.float64)  # [n], near 0
-    second = centred.square_().sum(0, dtype=torch.float64)  # [n]
+    first = _total(centred)  # [n], near 0
+    second = _total(centred.square_())  # [n]
     m2 = (second - first**2 / len(flat)).clamp_(min=0)
     return _RawMoments(shift.double() + first / len(flat), m2, norms)
+
+
+def _total(rows: Float[Tensor, "rows n"]) -> Float64[Tensor, " n"]:
+    """Sum over rows: in the rows' type within groups, in float64 across them, which saves a pass in float64."""
+    whole = len(rows) // GROUP_ROWS * GROUP_ROWS
+    rest = rows[whole:].sum(0, dtype=torch.float64)
+    if not whole:
+        return rest
+    groups = rows[:whole].view(-1, GROUP_ROWS, rows.shape[1]).sum(1)  # [groups, n]
+    return rest + groups.sum(0, dtype=torch.float64)
 
 
 def _to_pinned(tensor: Tensor, stream: Any) -> Tensor:

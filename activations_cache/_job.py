@@ -218,7 +218,8 @@ def _specs(asked: Request, catalogue: Any, hf: Any) -> tuple[SiteSpec, ...]:
     found = []
     for site in sites:
         fits = [kind for pattern, kind in types.items() if any(fnmatchcase(n, pattern) for n in names[site.name])]
-        found.append(_spec(site, _storage(fits[-1] if fits else None, hf), catalogue.dims.n_experts))
+        kind = fits[-1] if fits else None
+        found.append(_spec(site, _storage(site.dtype if kind is None else kind, hf), catalogue.dims.n_experts))
         if asked.pool and site.integer:
             raise SiteError(f"{site.name} holds indices, which have no mean; capture it without pool")
     return tuple(found)

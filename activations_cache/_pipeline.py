@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
+import numpy as np
+
 from activations_cache._forward import Batch, Forward
 from activations_cache._job import Job
 from activations_cache.errors import CacheError
 from activations_cache.plan import IntArray, Shard
-from activations_cache.store import Moments, ShardBuffer, ShardEntry, write_shard
+from activations_cache.store import NUMPY_TYPES, AnyArray, Moments, ShardBuffer, ShardEntry, write_shard
 
-QUEUED_BATCHES = 2  # batches that may wait for the writer while the next forward runs
+QUEUED_BATCHES = 1  # with the writer while the next forward runs; each costs the memory of its stored rows
 
 Written = Callable[[Shard, ShardEntry, Mapping[str, Moments]], None]
 
@@ -51,7 +53,7 @@ def capture_shard(job: Job, shard: Shard, forward: Runs) -> ShardEntry:
     Returns:
         The shard's entry for the manifest; its file is durable.
     """
-    buffer = _new_buffer(job, shard)
+    buffer = _new_buffer(job, shard, {})
     for batch in shard.batches:
         _place(buffer, batch.tolist(), forward.run(batch))
     return _write(job, shard, buffer)
@@ -76,9 +78,11 @@ def run_shards(job: Job, shards: Iterable[Shard], written: Written, advance: Cal
         with forward_of(job) as running:
             for shard in shards:
                 for number, batch in enumerate(shard.batches):
+                    made = running.run(batch)
                     if len(waiting) >= QUEUED_BATCHES:
                         waiting.popleft().result()  # an error of the writer surfaces here
-                    waiting.append(thread.submit(writer.place, shard, number, running.run(batch)))
+                    waiting.append(thread.submit(writer.place, shard, number, made))
+                    del made
                     advance(int(job.plan.lengths[batch].sum()))
             while waiting:
                 waiting.popleft().result()
@@ -92,6 +96,7 @@ class _Writer:
     def __init__(self, job: Job, written: Written) -> None:
         self.job, self.written = job, written
         self.buffer: ShardBuffer | None = None
+        self.memory = shard_memory(job)
         self.failed = False
 
     def place(self, shard: Shard, number: int, batch: Batch) -> None:
@@ -100,7 +105,7 @@ class _Writer:
             return
         self.failed = True  # until this batch is through: a later shard must never be committed over a gap
         if self.buffer is None:
-            self.buffer = _new_buffer(self.job, shard)
+            self.buffer = _new_buffer(self.job, shard, self.memory)
         _place(self.buffer, shard.batches[number].tolist(), batch)
         if number == len(shard.batches) - 1:
             full, self.buffer = self.buffer, None
@@ -108,8 +113,15 @@ class _Writer:
         self.failed = False
 
 
-def _new_buffer(job: Job, shard: Shard) -> ShardBuffer:
-    return ShardBuffer.allocate(job.specs, shard, job.tokens, job.selection, job.columns, job.settings["logprobs"])
+def shard_memory(job: Job) -> dict[str, AnyArray]:
+    """Room for the sites of the largest shard, used for one after the other: fresh memory is slow to touch."""
+    rows = max(shard.rows for shard in job.plan.shards)
+    return {spec.name: np.empty((rows, *spec.shape), NUMPY_TYPES[spec.dtype]) for spec in job.specs}
+
+
+def _new_buffer(job: Job, shard: Shard, memory: Mapping[str, AnyArray]) -> ShardBuffer:
+    logprobs = job.settings["logprobs"]
+    return ShardBuffer.allocate(job.specs, shard, job.tokens, job.selection, job.columns, logprobs, memory)
 
 
 def _place(buffer: ShardBuffer, sequences: list[int], batch: Batch) -> None:

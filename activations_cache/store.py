@@ -219,12 +219,19 @@ class ShardBuffer:
         selection: Selection,
         columns: Mapping[str, Column],
         logprobs: bool = False,
+        memory: Mapping[str, AnyArray] | None = None,
     ) -> ShardBuffer:
-        """Make an empty buffer for the sequences of a shard."""
+        """Make an empty buffer for the sequences of a shard, in `memory` where that has room for a site."""
         first, stop = shard.first_sequence, shard.first_sequence + shard.sequences
         stored, position = selection.counts[first:stop], selection.row_positions(first, stop)
         rows = int(stored.sum())
-        values = {spec.name: np.empty((rows, *spec.shape), NUMPY_TYPES[spec.dtype]) for spec in specs}
+        room = memory or {}
+        values = {
+            spec.name: room[spec.name][:rows]
+            if spec.name in room
+            else np.empty((rows, *spec.shape), NUMPY_TYPES[spec.dtype])
+            for spec in specs
+        }
         fields: dict[str, AnyArray] = {"position": np.asarray(position, "<i4")}
         at = np.repeat(tokens.offsets[first:stop], stored) + position  # of each stored row among all tokens
         for name, column in tokens.token_columns.items():
@@ -241,7 +248,9 @@ class ShardBuffer:
         """Place the rows of a batch in a site or field: those of `sequences` (numbers in the data), one by one."""
         target = self.sites[name] if name in self.sites else self.fields[name]
         local = np.asarray(sequences) - self.first_sequence
-        if 8 * len(local) > len(values):  # few rows of each: one gather-like assignment is faster than many slices
+        if len(local) == local[-1] - local[0] + 1:  # neighbours, in order
+            target[self.offsets[local[0]] : self.offsets[local[-1] + 1]] = values
+        elif 8 * len(local) > len(values):  # few rows of each: one gather-like assignment is faster than many slices
             counts = self.stored[local]
             within = np.arange(len(values)) - np.repeat(np.cumsum(counts) - counts, counts)
             target[np.repeat(self.offsets[local], counts) + within] = values

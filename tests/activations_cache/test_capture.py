@@ -460,8 +460,11 @@ def test_the_largest_half_float_is_kept(tmp_path: Path):
     cache = small(tmp_path / "acts", [[5]], "hook_embed", model, dtype="float16")
     assert (cache["hook_embed"][:] == 65504.0).all()
     with torch.no_grad():
-        model.model.embed_tokens.weight[5] = -65505.0  # would round to the largest half float
-    with pytest.raises(NumericsError, match="hook_embed reaches 65505"):
+        model.model.embed_tokens.weight[5] = -65519.0  # rounds to the largest half float, as any value is rounded
+    assert (small(tmp_path / "rounded", [[5]], "hook_embed", model, dtype="float16")["hook_embed"][:] == -65504.0).all()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] = -65520.0  # rounds to infinity
+    with pytest.raises(NumericsError, match="hook_embed reaches 65520"):
         small(tmp_path / "more", [[5]], "hook_embed", model, dtype="float16")
 
 
