@@ -330,7 +330,7 @@ def libraries() -> dict[str, str]:
 
 
 def _machine(hf: Any) -> dict[str, Any]:
-    return {"device": str(hf.device), "threads": torch.get_num_threads(), "platform": platform.platform()}
+    return {"device": str(input_device(hf)), "threads": torch.get_num_threads(), "platform": platform.platform()}
 
 
 # --- what a directory already holds ---------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ import torch
 
 from activations_cache import errors
 from activations_cache._job import Job, _facts, check_bytes, held_manifest
-from activations_cache._shares import Commits, in_sight, shards_of, writing
+from activations_cache._shares import Commits, in_sight, run_part, writing
 from activations_cache.errors import ActivationsCacheError, CacheMismatchError, ParallelError
 from activations_cache.store import MANIFEST, ShardEntry
 
@@ -306,8 +306,7 @@ def _share(links: Links, job: Job, progress: bool) -> None:
 
     with commits.bar:
         try:
-            for entry in shards_of(job, todo[0 :: links.world.size], between):
-                commits.take(entry)
+            run_part(job, todo[0 :: links.world.size], commits.take, between)
             while commits.left:
                 news(wait=True)
         except ActivationsCacheError:
@@ -322,13 +321,17 @@ def _share(links: Links, job: Job, progress: bool) -> None:
 
 def _follow(links: Links, prepare: Callable[[], Job]) -> None:
     try:
-        job = prepare()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about the data: rank 0 gives them
+            job = prepare()
         links.send(0, "ready", manifest=job.manifest)
         numbers = links.expect()["shards"]
         if numbers:
             in_sight(job, MANIFEST)
-        for entry in shards_of(job, numbers[links.world.rank :: links.world.size], lambda: links.receive(wait=False)):
-            links.send(0, "shard", entry=asdict(entry))
+        part = numbers[links.world.rank :: links.world.size]
+        run_part(
+            job, part, lambda entry: links.send(0, "shard", entry=asdict(entry)), lambda: links.receive(wait=False)
+        )
         links.expect()
     except BaseException as error:
         if links.failure is None:

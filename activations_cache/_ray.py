@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from activations_cache import errors, hashing
-from activations_cache._job import Job, check_bytes, held_manifest
-from activations_cache._job import model_entry as model_entry
-from activations_cache._shares import Commits, shards_of, writing
+from activations_cache._job import Job, check_bytes, held_manifest, model_entry
+from activations_cache._shares import Commits, run_part, writing
 from activations_cache.cache import Cache
 from activations_cache.cache import open as open_cache
+from activations_cache.documents import Column
 from activations_cache.errors import ActivationsCacheError, CacheMismatchError, DataError, ModelError, ParallelError
 from activations_cache.store import ShardEntry
 
@@ -78,7 +78,7 @@ def capture_ray(
     """
     ray = _ray()
     _check(model, concurrency, settings)
-    job = _prepare(model, data, sites, Path(out), settings)
+    job = _prepare(model, data, sites, Path(out), {**settings, "progress": progress})
     device = device or ("cuda" if num_gpus else None)
     if device is not None:
         job.manifest["machine"]["device"] = device
@@ -117,13 +117,12 @@ def _check(model: Any, concurrency: int, settings: dict[str, Any]) -> None:
         raise DataError(f"{', '.join(unknown)}: no setting of capture; it has {', '.join(_settings())}")
 
 
-def _settings() -> dict[str, Any]:
-    """The settings of `capture` that describe the cache, with their defaults."""
+def _settings() -> list[str]:
+    """The settings of `capture` that describe the cache."""
     from activations_cache._capture import capture
 
     found = inspect.signature(capture).parameters.values()
-    own = ("resume", "device", "progress")
-    return {p.name: p.default for p in found if p.kind is p.KEYWORD_ONLY and p.name not in own}
+    return [p.name for p in found if p.kind is p.KEYWORD_ONLY and p.name not in ("resume", "device", "progress")]
 
 
 # --- in the actors --------------------------------------------------------------------------------------------------
@@ -163,8 +162,9 @@ class _Actor:
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         try:
             self._job = self._job or self._ready()
-            found = [dataclasses.asdict(entry) for entry in shards_of(self._job, batch["shard"].tolist(), _go_on)]
-            return {"message": [json.dumps({"entries": found})]}
+            found: list[ShardEntry] = []
+            run_part(self._job, batch["shard"].tolist(), found.append, _go_on)
+            return {"message": [json.dumps({"entries": list(map(dataclasses.asdict, found))})]}
         except Exception as error:
             kind = type(error).__name__
             text = str(error) if isinstance(error, ActivationsCacheError) else f"{kind}: {error}"
@@ -198,7 +198,7 @@ def _prepare(model: Any, data: Any, sites: str | Sequence[str], out: Path, setti
     """The capture, decided, without its model: the driver runs none, and actors load their own."""
     from activations_cache._capture import decided
 
-    job = decided(_load(model), data, sites, out, **{**_settings(), **settings})
+    job = decided(_load(model), data, sites, out, **settings)
     return dataclasses.replace(job, hf=None)
 
 
@@ -241,8 +241,10 @@ def _remote_args() -> dict[str, int]:
 
 
 def _portable(job: Job) -> Job:
-    """The job without what actors do not need: columns as they were read may lie in a file of this process."""
-    return dataclasses.replace(job, tokens=dataclasses.replace(job.tokens, columns={}))
+    """The job as actors get it: without what only decided it, and with its labels in lists, not in a file."""
+    tokens = dataclasses.replace(job.tokens, columns={}, spans=None, masks=None)
+    columns = {name: Column(column.kind, list(column.values)) for name, column in job.columns.items()}
+    return dataclasses.replace(job, tokens=tokens, columns=columns)
 
 
 def _entries(message: dict[str, Any]) -> list[ShardEntry]:

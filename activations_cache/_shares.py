@@ -7,19 +7,21 @@ run checks and adopts it, so that a kill costs each process one shard at most, n
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from activations_cache._job import Job
 from activations_cache.errors import CacheError
+from activations_cache.plan import Shard
 from activations_cache.store import PARTIAL, ShardEntry, file_sha256, read_moments, writer_lock
 
 SIGHT_SECONDS = 60.0  # until another machine's file is seen: clients of network filesystems cache names
 ENTRY = f".entry{PARTIAL}"
+Finished = Callable[[ShardEntry], object]
 
 
 @contextmanager
@@ -60,6 +62,9 @@ class Commits:
             total=job.plan.tokens, initial=done, unit="tok", unit_scale=True, desc="capture", disable=not progress
         )
         self.waiting: dict[int, ShardEntry] = {}
+        self._one = (
+            threading.Lock()
+        )  # a rank's own shards come from its writer's thread, the others' from their messages
         for entry in found:
             if number_of(entry) >= self.ledger.done:
                 write_entry(job, entry)
@@ -76,9 +81,13 @@ class Commits:
 
     def take(self, entry: ShardEntry) -> None:
         """A shard is durable: commit it, and those that waited for it, or let it wait for its turn."""
-        number = number_of(entry)
-        self.bar.update(self.job.plan.shards[number].tokens)
-        self.waiting[number] = entry
+        with self._one:
+            number = number_of(entry)
+            self.bar.update(self.job.plan.shards[number].tokens)
+            self.waiting[number] = entry
+            self._commit()
+
+    def _commit(self) -> None:
         while self.ledger.done in self.waiting:
             shard = self.job.plan.shards[self.ledger.done]
             ready = self.waiting.pop(shard.index)
@@ -87,33 +96,29 @@ class Commits:
             entry_path(self.job, ready.file).unlink(missing_ok=True)
 
 
-def shards_of(job: Job, numbers: Iterable[int], between: Callable[[], Any]) -> Iterator[ShardEntry]:
+def run_part(job: Job, numbers: Iterable[int], finished: Finished, between: Callable[[], object]) -> None:
     """Run some shards of a job and make each durable, with its entry beside it.
 
     Args:
         job: The capture, with its model.
         numbers: Which shards, in order.
-        between: Called before every batch; it may raise to end the work.
+        finished: Called in the writer's thread with the entry of each.
+        between: Called after every forward; it may raise to end the work.
+
+    Raises:
+        CacheError: The directory cannot be written.
     """
-    from activations_cache._pipeline import capture_shard, forward_of
+    from activations_cache._capture import disk_errors
+    from activations_cache._pipeline import run_shards
 
-    with forward_of(job) as forward:
-        for number in numbers:
-            entry = capture_shard(job, job.plan.shards[number], _Watched(forward, between))
-            write_entry(job, entry)
-            yield entry
+    def written(_shard: Shard, entry: ShardEntry, _moments: object) -> None:
+        write_entry(job, entry)
+        finished(entry)
 
-
-class _Watched:
-    """A forward that looks up before every batch."""
-
-    def __init__(self, forward: Any, between: Callable[[], Any]) -> None:
-        self._forward, self._between = forward, between
-
-    def run(self, batch: Any) -> Any:
-        """One batch, unless the work is to end."""
-        self._between()
-        return self._forward.run(batch)
+    shards = [job.plan.shards[number] for number in numbers]
+    if shards:
+        with disk_errors(job):
+            run_shards(job, shards, written, lambda _tokens: between())
 
 
 # --- entries beside shards ------------------------------------------------------------------------------------------

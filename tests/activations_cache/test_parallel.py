@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import activations_cache as ac
-from activations_cache import _capture, _parallel, _shares, conformance, store
+from activations_cache import _parallel, _pipeline, _shares, conformance, store
 from activations_cache.errors import CacheError, ParallelError
 from tests.activations_cache.caches import contents, die, in_child, labelled_rows, llama, small
 from tests.activations_cache.ranks import run_ranks
@@ -47,16 +47,37 @@ def capturing(out: Path, **settings: Any) -> Callable[[], Any]:
     return lambda: small(out, labelled_rows(30), **settings)
 
 
-def at_shard(number: int, act: Callable[[], Any]) -> None:
-    """From now on in this process, `act` before running shard `number`."""
-    real = _capture.capture_shard
+def at_shard(act: Callable[[int], Any]) -> None:
+    """From now on in this process, `act` with its number when a shard is begun; the one before it is durable then."""
+    real = _pipeline._new_buffer
 
-    def counted(job: Any, shard: Any, forward: Any) -> Any:
-        if shard.index == number:
-            act()
-        return real(job, shard, forward)
+    def told(job: Any, shard: Any) -> Any:
+        act(shard.index)
+        return real(job, shard)
 
-    _capture.capture_shard = counted
+    _pipeline._new_buffer = told
+
+
+def dying_at(number: int, out: Path) -> Callable[[], Any]:
+    def work() -> None:
+        at_shard(lambda begun: die() if begun == number else None)
+        small(out, labelled_rows(30))
+
+    return work
+
+
+def noting(ran: Path, out: Path) -> Callable[[], Any]:
+    """A rank that writes down which shards it runs."""
+
+    def note(number: int) -> None:
+        with ran.open("a") as file:
+            file.write(f"{torch.distributed.get_rank()} {number}\n")
+
+    def work() -> None:
+        at_shard(note)
+        small(out, labelled_rows(30))
+
+    return work
 
 
 def check_finished(out: Path, whole: Path) -> None:
@@ -100,26 +121,14 @@ def test_ranks_give_the_bytes_of_one_process(size: int, whole: Path, tmp_path: P
 
 def test_every_rank_takes_every_nth_shard(whole: Path, tmp_path: Path):
     ran = tmp_path / "ran"
-
-    def work() -> None:
-        real = _capture.capture_shard
-
-        def noted(job: Any, shard: Any, forward: Any) -> Any:
-            with ran.open("a") as file:
-                file.write(f"{torch.distributed.get_rank()} {shard.index}\n")
-            return real(job, shard, forward)
-
-        _capture.capture_shard = noted
-        small(tmp_path / "acts", labelled_rows(30))
-
-    assert run_ranks(tmp_path, [work] * 2) == ["ok", "ok"]
+    assert run_ranks(tmp_path, [noting(ran, tmp_path / "acts")] * 2) == ["ok", "ok"]
     shards = len(store.read_manifest(whole)["shards"])
     assert sorted(ran.read_text().splitlines()) == sorted(f"{n % 2} {n}" for n in range(shards))
 
 
 def test_a_finished_cache_runs_no_model(whole: Path, tmp_path: Path):
     def refuse() -> None:
-        _capture.capture_shard = lambda *_: 1 / 0
+        _pipeline.forward_of = lambda *_: 1 / 0
         small(whole, labelled_rows(30))
 
     assert run_ranks(tmp_path, [refuse, refuse]) == ["ok", "ok"]
@@ -127,13 +136,6 @@ def test_a_finished_cache_runs_no_model(whole: Path, tmp_path: Path):
 
 def test_any_number_of_processes_may_go_on(whole: Path, tmp_path: Path):
     out = tmp_path / "acts"
-
-    def until(number: int) -> Callable[[], Any]:
-        def work() -> None:
-            at_shard(number, die)
-            small(out, labelled_rows(30))
-
-        return work
 
     def alone() -> None:
         real = store.write_manifest
@@ -150,9 +152,9 @@ def test_any_number_of_processes_may_go_on(whole: Path, tmp_path: Path):
 
     assert in_child(alone) == -signal.SIGKILL
     assert check_unfinished(out, whole) == 2
-    outcomes = run_ranks(tmp_path, [until(6), until(99)])  # rank 0 runs 2, 4, 6
+    outcomes = run_ranks(tmp_path, [dying_at(6, out), capturing(out)])  # rank 0 runs 2, 4, 6
     assert outcomes[0] == "signal 9"
-    assert check_unfinished(out, whole) >= 4
+    assert check_unfinished(out, whole) >= 3
     small(out, labelled_rows(30))
     check_finished(out, whole)
 
@@ -164,12 +166,8 @@ def test_any_number_of_processes_may_go_on(whole: Path, tmp_path: Path):
 def test_a_killed_rank_ends_the_others_and_any_resume_gives_the_same_bytes(victim: int, whole: Path, tmp_path: Path):
     out = tmp_path / "acts"
 
-    def killed() -> None:
-        at_shard(4 + victim, die)
-        small(out, labelled_rows(30))
-
     works = [capturing(out), capturing(out)]
-    works[victim] = killed
+    works[victim] = dying_at(4 + victim, out)
     outcomes = run_ranks(tmp_path, works)
     assert outcomes[victim] == "signal 9"
     assert outcomes[1 - victim].startswith(f"ParallelError: rank {victim} of 2 failed: its process is gone (")
@@ -205,10 +203,11 @@ def test_a_rank_that_fails_is_named_on_every_rank(whole: Path, tmp_path: Path):
     out = tmp_path / "acts"
 
     def fails() -> None:
-        def fail() -> None:
-            raise ZeroDivisionError("the model divides by zero")
+        def fail(number: int) -> None:
+            if number == 4:
+                raise ZeroDivisionError("the model divides by zero")
 
-        at_shard(4, fail)
+        at_shard(fail)
         small(out, labelled_rows(30))
 
     outcomes = run_ranks(tmp_path, [capturing(out), fails, capturing(out)])
@@ -287,12 +286,12 @@ def test_ranks_must_share_the_directory(tmp_path: Path, monkeypatch: pytest.Monk
 def ahead(out: Path) -> None:
     """Rank 0 dies at shard 0; rank 1 has finished shards 1 and 3 by then, which cannot be committed yet."""
 
-    def wait_and_die() -> None:
+    def wait_and_die(_number: int) -> None:
         _shares.in_sight(_Folder(out), ".shard-00003.h5.entry.partial")  # type: ignore[arg-type]
         die()
 
     def rank_0() -> None:
-        at_shard(0, wait_and_die)
+        at_shard(wait_and_die)
         small(out, labelled_rows(30))
 
     assert run_ranks(out.parent, [rank_0, capturing(out)])[0] == "signal 9"
@@ -305,21 +304,8 @@ class _Folder:
 
 def shards_run(out: Path, folder: Path) -> list[int]:
     """Finish the capture with two ranks; the shards that were run for it."""
-    ran = folder / "ran"
-
-    def work() -> None:
-        real = _capture.capture_shard
-
-        def noted(job: Any, shard: Any, forward: Any) -> Any:
-            with ran.open("a") as file:
-                file.write(f"{shard.index}\n")
-            return real(job, shard, forward)
-
-        _capture.capture_shard = noted
-        small(out, labelled_rows(30))
-
-    assert run_ranks(folder, [work] * 2) == ["ok", "ok"]
-    return sorted(int(line) for line in ran.read_text().splitlines())
+    assert run_ranks(folder, [noting(folder / "ran", out)] * 2) == ["ok", "ok"]
+    return sorted(int(line.split()[1]) for line in (folder / "ran").read_text().splitlines())
 
 
 def test_shards_finished_before_their_turn_are_adopted(whole: Path, tmp_path: Path):
