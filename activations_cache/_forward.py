@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,6 @@ class Forward:
         self.logprobs, self.batch_tokens = logprobs, batch_tokens
         self._pending: dict[str, _Pending] = {}
         self._stored = _Stored(None, None, np.zeros(0, np.int64))
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __enter__(self) -> Forward:
         self._open = ExitStack()
@@ -161,7 +161,7 @@ class Forward:
         rows = self._stored.rows(value.detach().reshape(-1, *spec.shape))  # [rows, *shape]
         # the model may go on to change its tensor in place while the writer reads this one
         stored = rows.to(TORCH_TYPES[spec.dtype], copy=not self._stored.copies)
-        self._pending[spec.name] = _Pending(spec, rows, stored, self._stored.sequences, self._copies)
+        self._pending[spec.name] = _Pending(spec, rows, stored, self._stored.sequences)
         if len(self._pending) == len(self.specs) and not self.logprobs:
             raise _Enough
 
@@ -219,37 +219,38 @@ class _Stored:
 class _Pending:
     """One site's stored rows of one batch, perhaps still on their way from the device."""
 
-    def __init__(self, spec: SiteSpec, rows: Tensor, stored: Tensor, sequences: IntArray, copies: Any) -> None:
+    def __init__(self, spec: SiteSpec, rows: Tensor, stored: Tensor, sequences: IntArray) -> None:
         self.spec, self.sequences = spec, sequences
         self.extremes: Tensor | None = None
         self.moments: _RawMoments | None = None
         self.arrived: Any = None  # the event that says so, on a GPU
         if spec.floating and len(rows):
             self.moments = _raw_moments(stored.flatten(1).float())
-        if copies is None:
+        if stored.is_cuda:
+            if self.moments is not None:
+                self.extremes = torch.stack(rows.aminmax()).double()
+            self._fetch(stored)
+        else:
             self.stored = stored.cpu()
             if self.moments is not None and not math.isfinite(float(self.moments.norm_sum)):
                 self._look_at(rows)
-        else:
-            if self.moments is not None:
-                self.extremes = torch.stack(rows.aminmax()).double()
-            self._fetch(stored, copies)
 
     def _look_at(self, rows: Tensor) -> None:
         """The sum of norms is finite only if every stored value is: else find out whether one is not."""
         self.extremes = torch.stack(rows.aminmax()).double()
         self._check()
 
-    def _fetch(self, stored: Tensor, copies: Any) -> None:
-        """Start copies to pinned memory on their own stream, behind what the forward has queued so far."""
+    def _fetch(self, stored: Tensor) -> None:
+        """Start copies to pinned memory on a stream of their own, behind what the forward has queued so far."""
+        copies = _copy_stream(stored.device)  # a layer's own device: a model may be spread over several
         copies.wait_stream(torch.cuda.current_stream(stored.device))
         with torch.cuda.stream(copies):
             self.stored = _to_pinned(stored, copies)
             if self.extremes is not None and self.moments is not None:
                 self.extremes = _to_pinned(self.extremes, copies)
                 self.moments = _RawMoments(*(_to_pinned(part, copies) for part in self.moments.parts))
-        self.arrived = torch.cuda.Event()
-        self.arrived.record(copies)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record(copies)
 
     def finish(self) -> tuple[AnyArray, Moments | None]:
         """The raw rows in RAM and their moments.
@@ -354,6 +355,12 @@ def _total(rows: Float[Tensor, "rows n"]) -> Float64[Tensor, " n"]:
         return rest
     groups = rows[:whole].view(-1, GROUP_ROWS, rows.shape[1]).sum(1)  # [groups, n]
     return rest + groups.sum(0, dtype=torch.float64)
+
+
+@cache
+def _copy_stream(device: torch.device) -> Any:
+    """The stream on which one device's values travel."""
+    return torch.cuda.Stream(device)
 
 
 def _to_pinned(tensor: Tensor, stream: Any) -> Tensor:
