@@ -47,6 +47,9 @@ format: $(VENV)/.ready ## Apply the style.
 
 bench: $(VENV)/.ready ## Measure against the peers; prints tables, writes them to runs/bench.
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	$(BIN)/python -m benchmarks.memory --out runs/bench/memory.json
+	$(BIN)/python -m benchmarks.reading --out runs/bench/reading.json
+	$(BIN)/python -m benchmarks.shuffle --out runs/bench/shuffle.json
 	$(BIN)/python -m benchmarks.capture --out runs/bench/capture.json
 
 docs: $(VENV)/.ready ## Build the documentation into site/, links checked.

@@ -86,7 +86,7 @@ def check_settings(decoding: Decoding, n_samples: int, batch_tokens: int) -> Non
         raise DataError(f"{', '.join(idle)} would have no effect on greedy decoding: pass do_sample=True, or leave out")
 
 
-def prepare(asked: Asked, wanted: Sequence[str] | None, text_column: str) -> Plan:
+def prepare(asked: Asked, wanted: Sequence[str] | None, text_column: str, progress: bool) -> Plan:
     """Read the prompts, check that each has room, plan the batches and write down what the run is."""
     hf, catalogue = hashing.hf_model(asked.model), site_catalogue.Sites(asked.model)
     if not callable(getattr(hf, "generate", None)) or getattr(hf, "generation_config", None) is None:
@@ -96,7 +96,7 @@ def prepare(asked: Asked, wanted: Sequence[str] | None, text_column: str) -> Pla
         raise DataError("stop_strings need a tokenizer: pass tokenizer=")
     documents = read_documents(asked.prompts, text_column)
     columns = _columns(documents.columns, wanted)
-    tokens = tokenize(tokenizer, documents, bos=asked.bos, chat=asked.chat)
+    tokens = tokenize(tokenizer, documents, bos=asked.bos, chat=asked.chat, progress=progress)
     ids = [tuple(np.asarray(row).tolist()) for row in tokens.input_ids]
     _check_ids(ids, catalogue.dims.d_vocab)
     _check_room(ids, asked, catalogue.dims.n_ctx)

@@ -7,7 +7,7 @@ import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,19 +17,27 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from activations_cache import _index, hashing, store
+from activations_cache import hashing, store
 from activations_cache import sites as site_catalogue
 from activations_cache._batches import torch_type
-from activations_cache._job import _ids_digest, _libraries, _model_entry, _tokenizer_entry
+from activations_cache._capture import disk_errors
+from activations_cache._job import Job, data_entry, libraries, model_entry
+from activations_cache._job import _plan_entry as plan_entry
+from activations_cache._job import _tokenizer_entry as tokenizer_entry
+from activations_cache._ledger import Ledger
 from activations_cache._reader import BLOCK_BYTES, UNKNOWN, block_moments
-from activations_cache.errors import CacheError, CacheMismatchError, DataError, NumericsError, SiteError
-from activations_cache.plan import Plan, Shard, default_shard_rows, make_plan
-from activations_cache.store import AnyArray, Moments, ShardBuffer, SiteSpec, Storage, json_digest
+from activations_cache._spool import FlatArray
+from activations_cache.errors import CacheMismatchError, DataError, NumericsError, SiteError
+from activations_cache.plan import Shard, default_shard_rows, make_plan
+from activations_cache.positions import select
+from activations_cache.store import AnyArray, ShardBuffer, SiteSpec, Storage, json_digest
+from activations_cache.tokens import Tokens
 
 if TYPE_CHECKING:
     from activations_cache.cache import Cache
 
 TOKENS = "token_ids"
+ID_CONTEXTS = 1024  # contexts whose ids are read at once
 TOLERANCE = 0.02  # relative distance of imported rows from the model's own: float16 and autocast stay far below it
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
@@ -115,23 +123,19 @@ def import_saelens(
     """
     from activations_cache.cache import open as open_cache
 
-    contexts, out = read_contexts(Path(directory)), Path(out)
+    contexts = read_contexts(Path(directory))
     storage = _storage(contexts, dtype)
     spec = _spec(contexts, site, model, storage)
     if shard_rows is None:
         shard_rows = default_shard_rows(spec.row_bytes, contexts.length)
-    lengths = np.full(len(contexts), contexts.length)
-    plan = make_plan(lengths, lengths, batch_tokens=contexts.length, shard_rows=shard_rows)
     if model is not None:
         _check_model(contexts, spec, model)
     tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
-    manifest = _manifest(contexts, spec, plan, shard_rows, model, tokenizer)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with store.writer_lock(out):
-            _copy(contexts, spec, plan, _begun(out, manifest), out, progress)
-    except OSError as error:
-        raise CacheError(f"{out} cannot be written: {error}. Make room or give access, and import again") from error
+    job = _job(contexts, spec, shard_rows, model, tokenizer, Path(out))
+    with disk_errors(job):
+        job.out.mkdir(parents=True, exist_ok=True)
+        with store.writer_lock(job.out):
+            _copy(contexts, job, progress)
     return open_cache(out)
 
 
@@ -222,32 +226,50 @@ def _eval(hf: Any) -> Iterator[None]:
 # --- the cache side -------------------------------------------------------------------------------------------------
 
 
-def _manifest(
-    contexts: Contexts, spec: SiteSpec, plan: Plan, shard_rows: int, model: Any, tokenizer: Any
-) -> dict[str, Any]:
-    """The manifest before the first shard; its identity is over everything but time and versions."""
-    facts: dict[str, Any] = {"format": store.FORMAT, "version": store.VERSION, "finished": False, "identity": ""}
-    blank = dict.fromkeys(("name", "class", "config_hash", "weights_hash", "dtype"), UNKNOWN) | {"attention": None}
-    facts["model"] = blank if model is None else _model_entry(hashing.hf_model(model), model)
-    facts["tokenizer"] = _tokenizer_entry(tokenizer)
-    facts["data"] = _data_entry(contexts, getattr(tokenizer, "bos_token_id", None))
-    facts["sites"] = [spec.to_json()]
+def _job(contexts: Contexts, spec: SiteSpec, shard_rows: int, model: Any, tokenizer: Any, out: Path) -> Job:
+    """The import as a capture that needs no forward."""
+    tokens = _tokens(contexts, getattr(tokenizer, "bos_token_id", None))
+    selection = select(tokens, "all")
+    plan = make_plan(tokens.lengths, selection.counts, batch_tokens=contexts.length, shard_rows=shard_rows)
+    manifest = _manifest(contexts, spec, shard_rows, model, tokenizer) | {"data": data_entry(tokens, selection, {})}
+    manifest["plan"] = plan_entry(plan)
+    manifest["identity"] = json_digest([manifest, _values_digest(contexts)])
+    manifest |= {"libraries": libraries(), "machine": {"device": "imported", "platform": platform.platform()}}
+    manifest |= {"created": datetime.now(UTC).isoformat(timespec="seconds")}
+    hf = None if model is None else hashing.hf_model(model)
+    return Job(hf, tokens, selection, {}, (spec,), plan, manifest, out, {})
+
+
+def _tokens(contexts: Contexts, bos_id: int | None) -> Tokens:
+    """The contexts' ids, in a temporary file where they are many."""
+    flat, bos = FlatArray(np.int32), bos_id is not None
+    for start in range(0, len(contexts), ID_CONTEXTS):
+        ids = contexts.ids(start, min(start + ID_CONTEXTS, len(contexts)))
+        bos = bos and bool((ids[:, 0] == bos_id).all())
+        flat.extend(ids.reshape(-1))
+    return Tokens(flat.finish(), np.arange(len(contexts) + 1, dtype=np.int64) * contexts.length, bos=bos)
+
+
+def _manifest(contexts: Contexts, spec: SiteSpec, shard_rows: int, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """The fields that do not follow from the tokens."""
     settings: dict[str, Any] = {"positions": "all", "pool": None, "n_tokens": None, "logprobs": False}
     settings |= {"dtype": spec.dtype, "compression": None, "batch_tokens": contexts.length, "shard_rows": shard_rows}
     settings |= {"max_length": contexts.length, "bos": None, "chat": False, "overflow": "truncate"}
-    facts |= {"settings": settings, "source": {"program": "sae_lens", "hook_name": contexts.hook}}
-    facts["plan"] = {
-        "fingerprint": plan.fingerprint(),
-        "rows": plan.rows,
-        "sequences": len(contexts),
-        "tokens": plan.tokens,
-        "batches": plan.n_batches,
-        "shards": len(plan.shards),
+    blank = dict.fromkeys(("name", "class", "config_hash", "weights_hash", "dtype"), UNKNOWN) | {"attention": None}
+    return {
+        "format": store.FORMAT,
+        "version": store.VERSION,
+        "finished": False,
+        "identity": "",
+        "model": blank if model is None else model_entry(hashing.hf_model(model), model),
+        "tokenizer": tokenizer_entry(tokenizer),
+        "sites": [spec.to_json()],
+        "settings": settings,
+        "source": {"program": "sae_lens", "hook_name": contexts.hook},
+        "rows": 0,
+        "statistics": {},
+        "shards": [],
     }
-    identity = json_digest([facts, _values_digest(contexts)])
-    facts |= {"identity": identity, "rows": 0, "statistics": {}, "libraries": _libraries()}
-    facts |= {"machine": {"device": "imported", "platform": platform.platform()}}
-    return facts | {"created": datetime.now(UTC).isoformat(timespec="seconds"), "shards": []}
 
 
 def _values_digest(contexts: Contexts) -> str:
@@ -258,73 +280,21 @@ def _values_digest(contexts: Contexts) -> str:
     return digest.hexdigest()
 
 
-def _data_entry(contexts: Contexts, bos_id: int | None) -> dict[str, Any]:
-    ids = _Ids(contexts)
-    bos = bos_id is not None and all(int(row[0]) == bos_id for row in ids)
-    entry: dict[str, Any] = {"fingerprint": _ids_digest(cast(Any, ids)), "columns_fingerprint": json_digest({})}
-    entry |= {"sequences": len(contexts), "tokens": len(contexts) * contexts.length, "truncated": 0, "bos": bos}
-    return entry | {"columns": {}, "columns_left_out": [], "token_columns": {}, "selection": None}
-
-
-class _Ids:
-    """The contexts' token ids one after the other, read in blocks."""
-
-    def __init__(self, contexts: Contexts) -> None:
-        self.contexts = contexts
-
-    def __iter__(self) -> Iterator[npt.NDArray[np.int32]]:
-        for start in range(0, len(self.contexts), 1024):
-            yield from self.contexts.ids(start, min(start + 1024, len(self.contexts)))
-
-
-def _begun(out: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest to go on with: that of an import of the same directory, or a new one."""
-    if (out / store.MANIFEST).is_file():
-        held = store.read_manifest(out)
-        if held["identity"] != manifest["identity"]:
-            raise CacheMismatchError(
-                f"{out} holds another cache (of {held['model']['name']}); choose another directory"
-            )
-        store.remove_partials(out)
-        return held
-    others = sorted(path.name for path in out.iterdir() if path.name != store.LOCK)
-    others = [name for name in others if not name.endswith(store.PARTIAL)]
-    if others:
-        raise CacheError(f"{out} is not empty ({', '.join(others[:3])}) and holds no cache; choose an empty directory")
-    store.remove_partials(out)
-    store.write_manifest(out, manifest)
-    return manifest
-
-
-def _copy(contexts: Contexts, spec: SiteSpec, plan: Plan, manifest: dict[str, Any], out: Path, progress: bool) -> None:
-    """Write every shard that the manifest does not name yet, and commit each."""
+def _copy(contexts: Contexts, job: Job, progress: bool) -> None:
+    """Write every shard that is not committed yet, and commit each."""
     from tqdm.auto import tqdm
 
-    merged, done = Moments.empty(spec.shape), len(manifest["shards"])
-    for entry in manifest["shards"]:
-        merged.add(store.read_moments(out / entry["file"], [spec])[spec.name])
-    for shard in tqdm(plan.shards[done:], desc="import", unit="shard", disable=not progress):
-        buffer = _buffer(contexts, spec, shard)
-        entry = store.write_shard(out, shard.file, buffer, [spec], manifest["identity"])
-        merged.add(buffer.moments[spec.name])
-        last = shard.index == len(plan.shards) - 1
-        manifest = {
-            **manifest,
-            "finished": last,
-            "rows": manifest["rows"] + shard.rows,
-            "statistics": {spec.name: merged.to_json(vectors=last)},
-            "shards": [*manifest["shards"], asdict(entry)],
-        }
-        if last:
-            _index.write_index(out, manifest)
-        store.write_manifest(out, manifest)
+    ledger = Ledger(job, progress)
+    for shard in tqdm(ledger.todo, desc="import", unit="shard", disable=not progress):
+        buffer = _buffer(contexts, job, shard)
+        entry = store.write_shard(job.out, shard.file, buffer, job.specs, job.manifest["identity"])
+        ledger.commit(shard, entry, buffer.moments)
 
 
-def _buffer(contexts: Contexts, spec: SiteSpec, shard: Shard) -> ShardBuffer:
+def _buffer(contexts: Contexts, job: Job, shard: Shard) -> ShardBuffer:
     """One shard, read a few MiB at a time."""
-    first, stop = shard.first_sequence, shard.first_sequence + shard.sequences
-    ids = list(contexts.ids(first, stop))
-    buffer = ShardBuffer.allocate([spec], first, shard.first_row, cast(Any, ids), {}, False)
+    (spec,), first, stop = job.specs, shard.first_sequence, shard.first_sequence + shard.sequences
+    buffer = ShardBuffer.allocate(job.specs, shard, job.tokens, job.selection, {})
     step = max(1, BLOCK_BYTES // (contexts.length * spec.row_bytes))
     for start in range(first, stop, step):
         numbers = range(start, min(start + step, stop))

@@ -194,8 +194,9 @@ def figure(sites: Sequence[tuple[SiteSpec, SiteStatistics]]) -> go.Figure:
     made = make_subplots(rows=1, cols=2, horizontal_spacing=0.12)
     for number, (kind, points) in enumerate(lines.items()):
         _add_line(made, kind, sorted(points), COLOURS[number % len(COLOURS)], number // len(COLOURS))
-    for column, title in ((1, "mean norm of a row"), (2, "root mean variance of an element")):
-        made.update_xaxes(title_text="layer", tickformat="d", row=1, col=column)
+    last = max(layer for points in lines.values() for layer, _, _ in points)
+    for column, title in ((1, "mean norm of a row"), (2, "root mean variance")):
+        made.update_xaxes(title_text="layer", dtick=1 + last // 12, row=1, col=column)
         made.update_yaxes(title_text=f"{title} (activation units)", type="log", row=1, col=column)
     made.update_layout(template="plotly_white", width=960, height=420, legend={"title": "site"})
     return made

@@ -63,7 +63,7 @@ class Salvage:
         moments = None if kept is None else kept.moments
         return cls(tokens, _cut(job.selection, first, stop), buffer, bad, True, False, moments)
 
-    def rows_of(self, sequences: Sequence[int]) -> IntArray:
+    def rows_of(self, sequences: IntArray) -> IntArray:
         """The rows of some sequences, one after the other."""
         offsets = self.buffer.offsets
         return np.concatenate([np.arange(offsets[n], offsets[n + 1]) for n in sequences]).astype(np.int64)
@@ -79,7 +79,7 @@ class Salvage:
             rows |= bad
         return set(np.repeat(np.arange(len(self.buffer.stored)), self.buffer.stored)[rows].tolist())
 
-    def replace(self, name: str, batch: Sequence[int], values: AnyArray) -> None:
+    def replace(self, name: str, batch: IntArray, values: AnyArray) -> None:
         """Put the damaged rows of a batch in their place; intact ones stay as they are."""
         rows = self.rows_of(batch)
         wrong = self.bad[name][rows]

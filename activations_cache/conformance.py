@@ -201,7 +201,10 @@ def settings_say_what_is_stored(directory: Path) -> None:
     """positions, pool, compression and the token columns are of the known kinds; dtype is a type or a map of them."""
     manifest = _manifest(directory)
     settings, columns = manifest["settings"], manifest["data"].get("token_columns") or {}
-    known = {"positions": ("all", "last", "answer", "mask", "chosen"), "pool": (None, "mean")}
+    known: dict[str, tuple[Any, ...]] = {
+        "positions": ("all", "last", "answer", "mask", "chosen"),
+        "pool": (None, "mean"),
+    }
     known |= {"compression": (None, "gzip", "lzf"), "logprobs": (None, False, True)}
     for name, values in known.items():
         _require(settings.get(name) in values, f"settings.{name} is {settings.get(name)!r}, none of {values}")
@@ -221,7 +224,7 @@ def repairs_are_recorded(directory: Path) -> None:
     """Each entry of `repaired`, if there are any, names a committed shard, both checksums, sequences and versions."""
     manifest = _manifest(directory)
     entries = {entry["file"]: entry for entry in manifest["shards"]}
-    latest = {}
+    latest: dict[str, str] = {}
     for record in manifest.get("repaired", []):
         lacks = {"file", "sha256_before", "sha256", "sequences", "libraries", "machine", "time"} - set(record)
         _require(not lacks, f"a repair lacks {sorted(lacks)}")

@@ -26,6 +26,7 @@ import torch
 
 from activations_cache import hashing, store
 from activations_cache import sites as site_catalogue
+from activations_cache._capture import capture
 from activations_cache._decoding import Decoding
 from activations_cache._device import move
 from activations_cache._generation_parallel import run_shared
@@ -33,6 +34,7 @@ from activations_cache._generation_plan import Asked, Plan, check_settings, prep
 from activations_cache._generation_run import run_in_folder, run_in_memory
 from activations_cache._generations import FOLDER, Generation, Generations
 from activations_cache._parallel import world
+from activations_cache.cache import Cache
 from activations_cache.errors import CacheError, DataError, SiteError
 
 __all__ = ["Generation", "Generations", "capture_generation", "generate"]
@@ -131,7 +133,7 @@ def generate(
         if device is not None:
             move(hashing.hf_model(model), device)
         asked = Asked(model, tokenizer, prompts, decoding, n_samples, eos, batch_tokens, max_length, bos, chat)
-        return prepare(asked, columns, text_column)
+        return prepare(asked, columns, text_column, progress)
 
     if out is None:
         return run_in_memory(plan(), progress)
@@ -170,7 +172,7 @@ def capture_generation(
     device: torch.device | str | None = None,
     progress: bool = True,
     **capture_settings: Any,
-) -> Any:
+) -> Cache:
     """Continue prompts, and store activations of prompt and generated tokens with their log-probabilities.
 
     The sequences of the cache are prompt and continuation end to end. Per row: `sequence`, `position`, `generated`
@@ -207,8 +209,6 @@ def capture_generation(
         DataError, SiteError, ModelError, NumericsError, CacheError: As `generate` and `capture`. Unknown sites and
             positions are found before anything is generated.
     """
-    from activations_cache._capture import capture
-
     _check_capture(model, sites, positions, capture_settings)
     place = Path(out)
     _check_place(place, resume)
@@ -234,8 +234,6 @@ def _check_capture(model: Any, sites: str | Sequence[str], positions: Any, setti
     """Find what the capture would refuse before an hour of generation, not after."""
     if positions not in ("all", "generated", "prompt", "last"):
         raise DataError(f"positions must be 'all', 'generated', 'prompt' or 'last'; got {positions!r}")
-    from activations_cache._capture import capture
-
     unknown = sorted(set(settings) - set(inspect.signature(capture).parameters))
     if unknown:
         raise TypeError(f"capture_generation() got an unexpected keyword argument {unknown[0]!r}")

@@ -93,3 +93,18 @@ def test_a_cache_of_a_bfloat16_model(architecture: str, implementation: str, tmp
     )
     assert np.array_equal(rows["expert_out"], pairs.reshape(*index.shape, -1).float().numpy())
     assert cache[SITES[3]].dtype == torch.float32
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "olmoe", "deepseek_v2"])
+def test_what_is_computed_in_float32_is_stored_so(architecture: str, tmp_path: Path) -> None:
+    """Without a dtype nothing is lost: each site has the type that the model computes it in."""
+    hf, data = zoo.tiny(architecture, dtype=torch.bfloat16), documents((6, 6))
+    given: list[tuple[Tensor, ...]] = []
+    handle = hf.model.layers[brute.LAYER].mlp.experts.register_forward_pre_hook(lambda _, args: given.append(args))
+    hf(input_ids=torch.tensor(data), attention_mask=torch.ones(2, 6, dtype=torch.long))
+    handle.remove()
+    cache = ac.capture(hf, data, SITES, tmp_path / "acts", batch_tokens=12, progress=False)
+    weights = cache[SITES[2]][:]
+    assert weights.dtype == given[0][2].dtype
+    assert torch.equal(weights, given[0][2])
+    assert cache[SITES[3]].dtype == torch.bfloat16
