@@ -12,6 +12,21 @@ from typing import Any
 
 import torch
 
+from tests.activations_cache.caches import labelled_rows
+
+
+def rich_rows() -> list[dict[str, Any]]:
+    """Rows with a value per token and a mask, beside the labels."""
+    rows = labelled_rows(20)
+    return [
+        {
+            **row,
+            "weight": [n / 3 for n in row["input_ids"]],
+            "mask": [True] + [n % 2 == 0 for n in row["input_ids"][1:]],
+        }
+        for row in rows
+    ]
+
 
 def run_ranks(folder: Path, works: Sequence[Callable[[], Any]], limit: float = 60) -> list[str]:
     """Run each function as a rank of a gloo group in a process of its own; how each ended.

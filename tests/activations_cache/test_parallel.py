@@ -21,7 +21,7 @@ import activations_cache as ac
 from activations_cache import _parallel, _pipeline, _shares, conformance, store
 from activations_cache.errors import CacheError, ParallelError
 from tests.activations_cache.caches import contents, die, in_child, labelled_rows, llama, small
-from tests.activations_cache.ranks import run_ranks
+from tests.activations_cache.ranks import rich_rows, run_ranks
 from tests.conftest import ROOT
 
 
@@ -117,6 +117,28 @@ def test_ranks_give_the_bytes_of_one_process(size: int, whole: Path, tmp_path: P
     check_finished(out, whole)
     assert {path.read_text() for path in opened.iterdir()} == {f"True {len(ac.open(whole))}"}
     assert len(list(opened.iterdir())) == size
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {
+            "positions": "mask",
+            "token_columns": ["weight"],
+            "logprobs": True,
+            "dtype": {"*": "bfloat16", "*1*": "float32"},
+        },
+        {"positions": "last", "compression": "gzip", "n_tokens": 90},
+        {"pool": "mean", "columns": ["author"]},
+    ],
+    ids=["mask", "last", "mean"],
+)
+def test_every_kind_of_capture_is_shared_alike(settings: dict[str, Any], tmp_path: Path):
+    small(tmp_path / "whole", rich_rows(), shard_rows=6, **settings)
+    works = [lambda: small(tmp_path / "acts", rich_rows(), shard_rows=6, **settings)] * 2
+    assert run_ranks(tmp_path, works) == ["ok", "ok"]
+    assert len(store.read_manifest(tmp_path / "whole")["shards"]) >= 3
+    check_finished(tmp_path / "acts", tmp_path / "whole")
 
 
 def test_every_rank_takes_every_nth_shard(whole: Path, tmp_path: Path):

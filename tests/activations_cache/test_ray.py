@@ -20,6 +20,7 @@ import activations_cache as ac
 from activations_cache import _ray, conformance, store
 from activations_cache.errors import CacheError, CacheMismatchError, DataError, ModelError, NumericsError, ParallelError
 from tests.activations_cache.caches import RESID, contents, labelled_rows, llama, small, token_rows
+from tests.activations_cache.ranks import rich_rows
 from tests.conftest import ROOT
 
 SETTINGS: dict[str, Any] = {"batch_tokens": 24, "shard_rows": 20, "progress": False}
@@ -180,10 +181,21 @@ def _given(job: Any) -> Any:
     return job
 
 
-def test_what_actors_are_sent_is_enough_for_the_same_bytes(here: None, tmp_path: Path):
+@pytest.mark.parametrize("settings", [{}, {"positions": "mask", "token_columns": ["weight"], "logprobs": True}])
+def test_what_actors_are_sent_is_enough_for_the_same_bytes(here: None, settings: dict[str, Any], tmp_path: Path):
     whole, out = tmp_path / "whole", tmp_path / "acts"
-    small(whole)
-    over_ray(out)
+    small(whole, rich_rows(), **settings)
+    over_ray(out, rich_rows(), **settings)
+    check_equal(out, whole)
+
+
+def test_data_in_a_temporary_file_reach_the_actors(here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from activations_cache import _spool
+
+    whole, out = tmp_path / "whole", tmp_path / "acts"
+    small(whole, rich_rows(), token_columns=["weight"])
+    monkeypatch.setattr(_spool, "SPOOL_BYTES", 16)
+    over_ray(out, rich_rows(), token_columns=["weight"])
     check_equal(out, whole)
 
 
