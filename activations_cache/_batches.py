@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from activations_cache._gather import SCRATCH_BYTES, Outputs, as_tensor, gather_into, gather_rows
 from activations_cache._order import EpochOrder, IntArray, Layout, Units, part_bounds
-from activations_cache._prefetch import Buffer, Filler
+from activations_cache._prefetch import Buffer, Filler, Memory
 from activations_cache._shards import Source
 from activations_cache.errors import CacheMismatchError, DataError, SiteError
 from activations_cache.store import TORCH_TYPES
@@ -51,7 +51,8 @@ class Batches(IterableDataset[Batch]):
     and the memory for conversion, all together; each of 1 + max(prefetch, 1) buffers holds at least one unit. On top
     come 16 bytes per block of an epoch (64 KiB of rows, less under a small budget), the batch that was handed out, and
     two batches' worth of memory that is used again; for windows, 16 bytes per sequence, and once at the start the
-    position and the sequence of every row. Memory of a batch is used again only when nothing refers to it.
+    position and the sequence of every row. Memory of a batch is used again only when nothing refers to it; buffers are
+    kept for the next iteration over the same object.
 
     In a `torch.utils.data.DataLoader` (`batch_size=None`, or `loader`) with workers, each worker reads its own run of
     an epoch's batches: together every row once. The workers share `buffer_bytes`, so buffers are smaller, and the
@@ -104,7 +105,6 @@ class Batches(IterableDataset[Batch]):
         part: tuple[int, int] | None = None,
         with_rows: bool = False,
         fingerprint: str | None = None,
-        cast: torch.dtype | None = None,
     ) -> None:
         self.batch_size, self.buffer_bytes = (
             _at_least(1, batch_size=batch_size),
@@ -117,7 +117,7 @@ class Batches(IterableDataset[Batch]):
         self.source, self.single = source, isinstance(sites, str)
         self.sites = (sites,) if isinstance(sites, str) else tuple(sites)
         _check_sites(source, self.sites)
-        self.cast = cast or torch_type(dtype)
+        self.cast = torch_type(dtype)
         self.device = None if device is None else torch.device(device)
         self.rows = None if rows is None else _row_list(rows, source.rows, shuffle)
         self._fingerprint = fingerprint
@@ -128,6 +128,12 @@ class Batches(IterableDataset[Batch]):
             self._check_units(self.n_rows)
         self._position = self._begin = (0, 0)  # epoch, batch
         self._in_workers = False
+        self._outputs = [Outputs() for _ in self.sites]
+        self._memory: Memory = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without memory that is kept for the next iteration: a worker process has its own."""
+        return {**self.__dict__, "_memory": {}, "_outputs": [Outputs() for _ in self.sites]}
 
     def _check_units(self, n_units: int) -> None:
         if n_units < self.part[1]:
@@ -198,17 +204,25 @@ class Batches(IterableDataset[Batch]):
             return
         layout = self.layout(workers)
         seed = self.seed if self.shuffle else None
+        memory, self._memory = self._memory, {}  # taken, so that a second iterator has its own
         filler = Filler(
-            self.source, self.sites, self.rows, self.units, layout, seed, self._slots, with_numbers=self.with_rows
+            self.source,
+            self.sites,
+            self.rows,
+            self.units,
+            layout,
+            seed,
+            self._slots,
+            memory,
+            with_numbers=self.with_rows,
         )
         scratch = torch.from_numpy(np.empty(self._scratch_bytes(workers), np.uint8))
-        outputs = [Outputs() for _ in self.sites]
         buffers = filler.buffers(self._tasks(begin, low, high, layout), self.prefetch)
         try:
             held = next(buffers, None)
             for epoch, batch in self._numbers(begin, low, high):
                 first, stop = self._units_of(batch)
-                made = self._empty(stop - first, outputs)
+                made = self._empty(stop - first)
                 done = first
                 while held is not None and done < stop:
                     if held.epoch != epoch or held.stop <= done:
@@ -222,6 +236,7 @@ class Batches(IterableDataset[Batch]):
                 del made  # its memory is free for the next, unless the caller kept it
         finally:
             buffers.close()  # type: ignore[attr-defined]
+            self._memory = filler.memory
 
     def _numbers(self, begin: tuple[int, int], low: int, high: int) -> Iterator[tuple[int, int]]:
         """The (epoch, batch) numbers from `begin` on, of batches `low` to `high` of each epoch."""
@@ -245,11 +260,11 @@ class Batches(IterableDataset[Batch]):
                 yield order, number
             epoch, first = epoch + 1, low
 
-    def _empty(self, n: int, outputs: list[Outputs]) -> list[Tensor]:
+    def _empty(self, n: int) -> list[Tensor]:
         """Memory for a batch of `n`: per site [n, width * elements], and the row numbers."""
         pinned = self.device is not None and self.device.type == "cuda"
         made = []
-        for site, output in zip(self.sites, outputs, strict=True):
+        for site, output in zip(self.sites, self._outputs, strict=True):
             spec = self.source.specs[site]
             kind = TORCH_TYPES[spec.dtype]
             shape = (n, self.consecutive * int(np.prod(spec.shape, dtype=np.int64)))

@@ -60,15 +60,16 @@ def gather_into(
     if out.dtype == kind:
         torch.index_select(words, 0, index, out=as_words(out))
         return
-    row_bytes = max(words.shape[1] * words.element_size(), 1)
-    step = max(1, len(scratch) // row_bytes)
-    held = scratch[: step * row_bytes] if len(scratch) >= row_bytes else scratch.new_empty(row_bytes)
-    piece = held[: step * words.shape[1] * words.element_size()].view(words.dtype).reshape(step, words.shape[1])
-    for start in range(0, len(index), step):
-        part = index[start : start + step]
-        picked = piece[: len(part)]
-        torch.index_select(words, 0, part, out=picked)
-        out[start : start + len(part)].copy_(picked.view(kind))
+    row_bytes = words.shape[1] * words.element_size()
+    step = max(1, scratch.shape[0] // max(row_bytes, 1))
+    held = scratch if scratch.shape[0] >= row_bytes else scratch.new_empty(row_bytes)
+    piece = held[: step * row_bytes].view(words.dtype).reshape(step, words.shape[1])
+    total = index.shape[0]
+    for start in range(0, total, step):
+        stop = min(start + step, total)
+        picked = piece[: stop - start]
+        torch.index_select(words, 0, index[start:stop], out=picked)
+        out[start:stop].copy_(picked.view(kind))
 
 
 class Outputs:

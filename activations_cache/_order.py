@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
-FEWEST_BLOCKS = 64  # a buffer of fewer mixes badly: under a small budget blocks shrink instead
+MANY_BLOCKS, FEWEST_BLOCKS = 512, 64  # of a buffer: rows of one block meet in one batch, so many mix better
+PAGE_BYTES = 4096  # less is never read at a time, but for a buffer of fewer than `FEWEST_BLOCKS` pages
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ class Layout:
         """
         row_bytes = max(sum(site_bytes), 1)
         wanted = max(block_bytes // max(*site_bytes, 1), 4 * (units.width - 1))
-        fitting = (capacity // FEWEST_BLOCKS - (units.width - 1) * row_bytes) // (row_bytes + unit_bytes)
+        share = max(capacity // MANY_BLOCKS, min(PAGE_BYTES, capacity // FEWEST_BLOCKS))  # bytes of one block
+        fitting = (share - (units.width - 1) * row_bytes) // (row_bytes + unit_bytes)
         block = max(1, min(wanted, fitting, units.n))
         most = units.most_rows(block)
         all_blocks = math.ceil(units.n / block)

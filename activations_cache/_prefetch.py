@@ -20,6 +20,8 @@ from activations_cache._shards import Source
 from activations_cache._spans import read_spans
 from activations_cache.store import NUMPY_TYPES, AnyArray
 
+Memory = dict[int, list[AnyArray]]  # per slot one array [rows, *shape] per site
+
 
 @dataclass(frozen=True)
 class Buffer:
@@ -53,6 +55,7 @@ class Filler:
         layout: Size of a buffer.
         seed: Fixes the order in which a buffer's units are drawn; None keeps them in order.
         slots: Buffers that are in use at a time.
+        memory: Their memory, where an earlier filler left it; kept up to date.
         with_numbers: Whether buffers carry row numbers.
     """
 
@@ -65,13 +68,14 @@ class Filler:
         layout: Layout,
         seed: int | None,
         slots: int,
+        memory: Memory,
         with_numbers: bool,
     ) -> None:
         self.source, self.rows, self.units, self.layout = source, rows, units, layout
         self.seed, self.slots, self.with_numbers = seed, slots, with_numbers
         self.specs = [source.specs[site] for site in sites]
         self.stopped = threading.Event()
-        self._memory: dict[int, list[AnyArray]] = {}
+        self.memory = memory
 
     def fill(self, slot: int, order: EpochOrder, number: int) -> Buffer:
         """Fill one slot with one buffer of an epoch. What the slot held before is gone."""
@@ -87,10 +91,11 @@ class Filler:
         return Buffer(order.epoch, start, stop, words, *self._order(places, counts, order.epoch, number))
 
     def _slot(self, slot: int) -> list[AnyArray]:
-        if slot not in self._memory:
-            rows = self.layout.rows
-            self._memory[slot] = [np.empty((rows, *spec.shape), NUMPY_TYPES[spec.dtype]) for spec in self.specs]
-        return self._memory[slot]
+        rows, held = self.layout.rows, self.memory.get(slot)
+        if held is None or len(held[0]) != rows:
+            held = [np.empty((rows, *spec.shape), NUMPY_TYPES[spec.dtype]) for spec in self.specs]
+            self.memory[slot] = held
+        return held
 
     def _order(self, places: IntArray, counts: IntArray, epoch: int, number: int) -> tuple[Tensor, Tensor | None]:
         """Where each unit begins in the buffer, and its row's number in the cache, in the order of drawing."""

@@ -485,8 +485,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     folder, spec = tmp_path_factory.mktemp("shards"), store.SiteSpec("s", "float16", (3,))
     entries = []
     for number in range(5):
-        buffer = store.ShardBuffer.allocate([spec], 20 * number, 140 * number, [[1] * 7] * 20, {}, last=False)
         values = np.repeat(np.arange(140 * number, 140 * (number + 1)), 3).reshape(140, 3).astype("<f2")
+        lengths, position = np.full(20, 7), np.tile(np.arange(7, dtype="<i4"), 20)
+        places = (20 * number, 140 * number, np.ones(140, np.int32), lengths, lengths)
+        buffer = store.ShardBuffer(*places, {}, {"s": np.empty_like(values)}, {"position": position})
         buffer.put("s", range(20 * number, 20 * (number + 1)), values)
         entries.append(store.write_shard(folder, f"shard-{number:05d}.h5", buffer, [spec], "id"))
     return ShardSet(folder, entries, {"s": spec}, "id")
