@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 
 import activations_cache as ac
 from activations_cache import conformance, store
-from activations_cache._batches import gather_rows
 from activations_cache.errors import CacheError, CacheLockedError, CorruptCacheError, DataError, SiteError
+from activations_cache.plan import Shard
+from activations_cache.positions import select
+from activations_cache.tokens import Tokens
 from tests.activations_cache.caches import RESID, contents, labelled_rows, small
 
 SITE = "blocks.1.hook_resid_post"
@@ -43,10 +45,18 @@ def copy(made: Path, tmp_path: Path) -> Path:
 # --- storage --------------------------------------------------------------------------------------------------------
 
 
+def allocated(spec: store.SiteSpec, ids: list[list[int]], first: int = 0) -> store.ShardBuffer:
+    """A buffer for the sequences from `first` on, all their positions."""
+    tokens = Tokens.from_rows(ids)
+    rows = sum(map(len, ids[first:]))
+    shard = Shard(0, first, len(ids) - first, 0, rows, rows, ())
+    return store.ShardBuffer.allocate([spec], shard, tokens, select(tokens, "all"), {})
+
+
 def test_bfloat16_is_a_real_type_that_plain_h5py_reads(tmp_path: Path):
     values = torch.tensor([[1.0, -2.5, 3e38, 1e-30], [0.0, -0.0, 65280.0, 1 / 3]], dtype=torch.bfloat16)
     spec = store.SiteSpec("s", "bfloat16", (4,))
-    buffer = store.ShardBuffer.allocate([spec], 0, 0, [[1, 2]], {}, last=False)
+    buffer = allocated(spec, [[1, 2]])
     buffer.put("s", [0], values.view(torch.int16).numpy().view("<u2"))
     store.write_shard(tmp_path, "shard-00000.h5", buffer, [spec], "id")
     with h5py.File(tmp_path / "shard-00000.h5") as file:
@@ -61,12 +71,12 @@ def test_bfloat16_is_a_real_type_that_plain_h5py_reads(tmp_path: Path):
 def test_rows_lie_in_sequence_order_whatever_the_batches(order: list[int]):
     spec = store.SiteSpec("s", "float32", (1,))
     ids = [[1], [2, 3, 4], [5, 6]]
-    buffer = store.ShardBuffer.allocate([spec], 7, 0, ids, {}, last=False)
+    buffer = allocated(spec, [[9]] * 7 + ids, first=7)
     for number in order:
         buffer.put("s", [7 + number], np.array([[float(token)] for token in ids[number]]))
     assert buffer.sites["s"].ravel().tolist() == [1, 2, 3, 4, 5, 6]
     assert buffer.row_sequence().tolist() == [7, 8, 8, 8, 9, 9]
-    assert buffer.position.tolist() == [0, 0, 1, 2, 0, 1]
+    assert buffer.fields["position"].tolist() == [0, 0, 1, 2, 0, 1]
 
 
 def test_the_same_capture_gives_the_same_bytes(made: Path, tmp_path: Path):
@@ -173,95 +183,6 @@ def test_info_shows_model_data_and_size(made: Path):
 
 
 # --- batches --------------------------------------------------------------------------------------------------------
-
-
-def numbered(tmp_path: Path, n: int, width: int = 4, dtype: Any = "float32") -> Any:
-    """A cache of one site whose row i is i in every element, made without a model."""
-    spec = store.SiteSpec("s", dtype, (width,))
-    entries: list[Any] = []
-    for index, first in enumerate(range(0, n, 50)):
-        count = min(50, n - first)
-        buffer = store.ShardBuffer.allocate([spec], first, first, [[1]] * count, {}, last=False)
-        values = torch.arange(first, first + count).repeat_interleave(width).reshape(count, width)
-        raw = values.to(store.TORCH_TYPES[dtype])
-        raw = raw.view(torch.int16).numpy().view("<u2") if dtype == "bfloat16" else raw.numpy()
-        buffer.put("s", range(first, first + count), raw)
-        entries.append(store.write_shard(tmp_path, f"shard-{index:05d}.h5", buffer, [spec], "id"))
-    from activations_cache._shards import ShardSet
-
-    return ShardSet(tmp_path, entries, {"s": spec}, "id")
-
-
-def batches_of(shards: Any, **settings: Any) -> Any:
-    from activations_cache._batches import Batches
-
-    base: dict[str, Any] = {"batch_size": 16, "seed": 0, "epochs": 1, "cast": None, "rows": None, "shuffle": True}
-    base |= {"drop_last": False, "buffer_bytes": 1 << 20, "device": None}
-    return Batches(shards, "s", shards.specs["s"].dtype, **{**base, **settings})
-
-
-@pytest.mark.parametrize("buffer_bytes", [1, 700, 5000, 1 << 20])
-@pytest.mark.parametrize("batch_size", [1, 7, 16, 256, 1000])
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_every_row_comes_exactly_once(
-    buffer_bytes: int, batch_size: int, shuffle: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("activations_cache._batches.BLOCK_BYTES", 160)  # blocks of 10 rows
-    shards = numbered(tmp_path, 233)
-    batches = batches_of(shards, batch_size=batch_size, buffer_bytes=buffer_bytes, shuffle=shuffle)
-    found = list(batches)
-    assert len(found) == len(batches)
-    assert [len(batch) for batch in found[:-1]] == [batch_size] * (len(found) - 1)
-    rows = torch.cat(found)
-    assert (rows == rows[:, :1]).all()
-    assert rows[:, 0].sort().values.tolist() == list(range(233))
-    assert (rows[:, 0].tolist() == list(range(233))) != shuffle
-
-
-def test_order_is_fixed_by_seed_and_epoch(tmp_path: Path):
-    shards = numbered(tmp_path, 120)
-    first, again, other = (torch.cat(list(batches_of(shards, seed=seed, epochs=2)))[:, 0] for seed in (3, 3, 4))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert not torch.equal(first[:120], first[120:])
-    assert torch.equal(first[:120].sort().values, first[120:].sort().values)
-    endless = iter(batches_of(shards, seed=3, epochs=None))
-    drawn = torch.cat([next(endless) for _ in range(2 * 8)])[:, 0]
-    assert torch.equal(drawn, first)
-    with pytest.raises(TypeError, match="never end"):
-        len(batches_of(shards, epochs=None))
-
-
-def test_drop_last_and_subsets(tmp_path: Path):
-    shards = numbered(tmp_path, 120)
-    assert [len(batch) for batch in batches_of(shards, batch_size=50, drop_last=True)] == [50, 50]
-    chosen = np.array([3, 5, 60, 99, 119])
-    rows = torch.cat(list(batches_of(shards, rows=chosen, batch_size=2)))[:, 0]
-    assert rows.sort().values.tolist() == chosen.tolist()
-    assert list(batches_of(shards, rows=chosen, batch_size=9, drop_last=True, epochs=None)) == []
-    for bad in ({"batch_size": 0}, {"epochs": -1}, {"buffer_bytes": 0}, {"rows": np.zeros(0, np.int64)}):
-        with pytest.raises(DataError):
-            batches_of(shards, **bad)
-
-
-def test_a_batch_mixes_the_whole_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("activations_cache._batches.BLOCK_BYTES", 160)
-    shards = numbered(tmp_path, 2000)
-    first = next(iter(batches_of(shards, batch_size=100, buffer_bytes=16 * 500)))[:, 0]
-    blocks = {int(row) // 10 for row in first}
-    assert len(blocks) > 35  # 50 blocks in the buffer; 100 rows of a perfect permutation of them would hit 44
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "int16", "int32"])
-@pytest.mark.parametrize("width", [1, 2, 3, 4, 8])
-def test_gathering_as_integers_moves_the_same_bits(dtype: str, width: int, tmp_path: Path):
-    shards = numbered(tmp_path, 120, width, dtype)
-    rows = torch.cat(list(batches_of(shards)))
-    assert rows.dtype == getattr(torch, dtype)
-    assert rows.shape == (120, width)
-    assert rows[:, -1].double().sort().values.tolist() == list(range(120))
-    values, index = torch.randn(9, width, 2).to(torch.float16), torch.tensor([8, 0, 0, 3])
-    assert torch.equal(gather_rows(values, index), values[index])
 
 
 @settings(max_examples=20, deadline=None)
