@@ -6,11 +6,9 @@ moved directory stays right; and it fills what is missing with NaN or -1, so tha
 
 from __future__ import annotations
 
-import filecmp
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import h5py
@@ -58,23 +56,6 @@ def index_is_current(directory: Path, manifest: Mapping[str, Any]) -> bool:
             )
     except OSError:
         return False
-
-
-def index_damage(directory: Path, manifest: Mapping[str, Any]) -> str | None:
-    """Say what is wrong with index.h5, or None. One of our own libraries' making must have the bytes of a fresh one."""
-    if not (directory / INDEX).is_file():
-        return "is missing; opening the cache writes it again"
-    if not index_is_current(directory, manifest):
-        return "is not the manifest's; opening the cache replaces it"
-    with h5py.File(directory / INDEX, "r") as file:
-        foreign = file.attrs.get("writer") != WRITER
-    if foreign:
-        return None
-    with TemporaryDirectory() as folder:
-        fresh = Path(folder) / INDEX
-        _write(fresh, directory, manifest)
-        same = filecmp.cmp(fresh, directory / INDEX, shallow=False)
-    return None if same else "has altered bytes; delete it, and opening the cache writes it again"
 
 
 def write_index(directory: Path, manifest: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ import torch
 from activations_cache import _verify, hashing
 from activations_cache import sites as site_catalogue
 from activations_cache._device import input_device
+from activations_cache._generations import FOLDER
 from activations_cache._shards import check_size, damage
 from activations_cache.documents import (
     Column,
@@ -385,7 +386,8 @@ def _check_empty(out: Path) -> None:
         return
     if not out.is_dir():
         raise CacheError(f"{out} is a file; a directory for the cache is required")
-    others = sorted(path.name for path in out.iterdir() if path.name != LOCK and not path.name.endswith(PARTIAL))
+    ours = {LOCK, FOLDER}  # a capture of generated tokens has put the texts there
+    others = sorted(path.name for path in out.iterdir() if path.name not in ours and not path.name.endswith(PARTIAL))
     if others:
         shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         raise CacheError(f"{out} is not empty ({shown}) and holds no cache; choose an empty or new directory")

@@ -169,7 +169,8 @@ def repair(
     try:
         with writer_lock(directory):
             remove_partials(directory)
-            problems = [problem for problem in verify(directory, progress) if problem.kind != "index"]
+            shards = {entry["file"] for entry in manifest["shards"]}
+            problems = [problem for problem in verify(directory, progress) if problem.file in shards]
             source = _Source(directory, manifest, model, data, tokenizer, positions, text_column, progress)
             done = _repair_all(source, problems, progress)
             index = index_damage(directory, source.manifest) is not None
@@ -326,16 +327,22 @@ def _recapture(source: _Source, kept: Salvage, why: str) -> tuple[list[int], int
 
 
 def _summed(source: _Source, kept: Salvage) -> dict[str, Moments]:
-    """The statistics of a shard's rows, batch by batch as the capture summed them."""
-    found = {}
+    """The statistics of a shard's rows, batch by batch as the capture summed them, on the same kind of device."""
+    found, device = {}, _device_of(source.manifest)
     batches = list(kept.batches(source.manifest["settings"]["batch_tokens"]))
     for spec in source.specs:
         if spec.floating:
             found[spec.name] = Moments.empty(spec.shape)
             for batch in batches:
                 rows = kept.buffer.sites[spec.name][kept.rows_of(batch)]
-                found[spec.name].add(batch_moments(_tensor(rows, spec)))
+                found[spec.name].add(batch_moments(_tensor(rows, spec).to(device)))
     return found
+
+
+def _device_of(manifest: Mapping[str, Any]) -> torch.device:
+    """Where the capture summed: another kind of device adds in another order. The CPU if there is none here."""
+    kind = str(manifest.get("machine", {}).get("device", "cpu")).partition(":")[0]
+    return torch.device("cuda" if kind == "cuda" and torch.cuda.is_available() else "cpu")
 
 
 def _tensor(rows: AnyArray, spec: SiteSpec) -> torch.Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,8 +13,10 @@ from typing import Any, Literal
 
 from activations_cache import _index
 from activations_cache._examine import examine_apart, index_apart
+from activations_cache._generations import FOLDER, batch_file
 from activations_cache._shards import check_size
-from activations_cache.store import INDEX, ShardEntry, SiteSpec, file_sha256, read_manifest
+from activations_cache.store import INDEX, MANIFEST, ShardEntry, SiteSpec, file_sha256, read_manifest
+from activations_cache.store import _digest_is_right as digest_is_right
 
 Kind = Literal["missing", "size", "altered", "foreign", "index"]
 SHOWN_RANGES = 6
@@ -120,7 +124,27 @@ def verify(directory: str | Path, progress: bool = False) -> list[Problem]:
         wrong = index_damage(directory, manifest)
         if wrong is not None:
             problems.append(Problem(INDEX, "index", wrong))
+    if (directory / FOLDER / MANIFEST).exists():
+        problems += _generation_problems(directory / FOLDER)
     return problems
+
+
+def _generation_problems(folder: Path) -> Iterator[Problem]:
+    """What is wrong with the texts that the sequences were generated as: every byte, and every batch is there."""
+    again = "delete it and run the same capture_generation again"
+    if not digest_is_right((folder / MANIFEST).read_bytes()):
+        yield Problem(f"{FOLDER}/{MANIFEST}", "altered", f"has altered bytes; {again}")
+        return
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    for number in range(int(manifest["plan"]["batches"])):
+        path = folder / batch_file(number)
+        if not path.is_file():
+            yield Problem(f"{FOLDER}/{path.name}", "missing", "is missing; run the same capture_generation again")
+            continue
+        head, _, body = path.read_bytes().partition(b"\n")
+        said = {"batch": number, "identity": manifest["identity"], "rows": body.count(b"\n")}
+        if head != json.dumps({**said, "sha256": hashlib.sha256(body).hexdigest()}).encode():
+            yield Problem(f"{FOLDER}/{path.name}", "altered", f"has altered bytes; {again}")
 
 
 def verify_shard(directory: Path, entry: ShardEntry, specs: Sequence[SiteSpec], identity: str) -> Problem | None:

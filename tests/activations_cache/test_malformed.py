@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import activations_cache as ac
 from activations_cache import _examine, _index, _verify, conformance, store
 from activations_cache.errors import CacheError, CorruptCacheError
-from tests.activations_cache.caches import RESID, labelled_rows, small
+from tests.activations_cache.caches import RESID, labelled_rows, llama, small, token_rows
 
 SITE = "blocks.1.hook_resid_post"
 SHARD, OTHER = "shard-00001.h5", "shard-00002.h5"
@@ -381,3 +381,39 @@ def test_the_damage_is_told_by_dataset_rows_and_sequences(blocks: Path, tmp_path
     table = _verify.table([problem])
     assert f"    sites/{SITE}  rows {first + 256}-" in table
     assert f"{SHARD}  has altered bytes; sequences affected: {problem.sequences[0]}-{problem.sequences[-1]}" in table
+
+
+# --- generated texts ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of generated tokens, with the texts beside it."""
+    out = tmp_path_factory.mktemp("generated") / "acts"
+    settings = {"max_new_tokens": 5, "batch_tokens": 40, "shard_rows": 30, "progress": False}
+    ac.capture_generation(llama(), token_rows(9), SITE, out, **settings)
+    return out
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), part=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_any_altered_bit_of_generated_texts_is_found(data: st.DataObject, part: float, bit: int, generated: Path):
+    assert _verify.verify(generated) == []
+    path = data.draw(st.sampled_from(sorted((generated / "generations").glob("[bm]*"))))
+    sound = path.read_bytes()
+    altered = bytearray(sound)
+    altered[int(part * len(sound))] ^= 1 << bit
+    path.write_bytes(bytes(altered))
+    try:
+        (problem,) = _verify.verify(generated)
+        assert problem.file == f"generations/{path.name}"
+        assert "run the same capture_generation again" in problem.detail
+    finally:
+        path.write_bytes(sound)
+
+
+def test_a_missing_batch_of_generated_texts_is_named(generated: Path, tmp_path: Path):
+    out = Path(shutil.copytree(generated, tmp_path / "acts"))
+    (out / "generations" / "batch-00001.jsonl").unlink()
+    (problem,) = _verify.verify(out)
+    assert (problem.file, problem.kind) == ("generations/batch-00001.jsonl", "missing")

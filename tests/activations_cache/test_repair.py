@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import activations_cache as ac
 from activations_cache import _forward, conformance, store
 from activations_cache._repair import repair
 from activations_cache._verify import verify
@@ -318,3 +319,18 @@ def test_a_killed_repair_can_be_run_again(call: int, made: Callable[[str], Path]
     assert in_child(work) == -signal.SIGKILL
     assert repair(out, llama(), rows(), progress=False).exact
     assert_as_new(out, made("all"))
+
+
+def test_generated_tokens_are_repaired_from_the_model_alone(tmp_path: Path):
+    """Chosen positions and log-probabilities of a generation: everything but the rows stands in the shard."""
+    out, prompts = tmp_path / "acts", np.random.default_rng(0).integers(3, 96, (9, 8)).tolist()
+    settings = {"max_new_tokens": 5, "batch_tokens": 60, "shard_rows": 20, "positions": "generated", "progress": False}
+    ac.capture_generation(llama(), prompts, RESID, out, **settings)
+    before = contents(out)
+    for name in (f"sites/{SITE}", "rows/logprob"):
+        alter(out / SHARD, place(out / SHARD, name, 2))
+    done = repair(out, llama(), progress=False)
+    assert done.exact
+    assert done.forwards > 0
+    assert contents(out) == before
+    assert verify(out) == []

@@ -12,6 +12,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 import time
 import warnings
 from collections import Counter
@@ -333,3 +334,36 @@ def test_ctrl_c_says_how_to_go_on(delay: float, tmp_path: Path):
     assert capture(out).finished
     assert contents(out) == reference()[1]
     shutil.rmtree(out)
+
+
+def test_ctrl_c_in_the_middle_is_said_on_the_terminal(tmp_path: Path):
+    """SIGINT once two shards are committed: the child ends by KeyboardInterrupt, and its last words say how."""
+    out, data = tmp_path / "acts", labelled_rows(400)
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.dup2(os.open(tmp_path / "stderr", os.O_WRONLY | os.O_CREAT), 2)
+            sys.stderr = os.fdopen(2, "w", buffering=1)
+            small(out, data, shard_rows=20, progress=True)
+            status = 0
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+        finally:
+            os._exit(status)
+    deadline = time.monotonic() + 60
+    while not (out / "shard-00002.h5").exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGINT)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == INTERRUPTED
+    manifest = store.read_manifest(out)
+    committed, total = len(manifest["shards"]), manifest["plan"]["shards"]
+    said = (tmp_path / "stderr").read_text()
+    assert f"interrupted: {committed} of {total} shards are committed in {out}" in said
+    assert "the same capture with resume=True goes on" in said
+    assert 2 <= committed < total
+    assert quietly(out).verify() == []
+    assert small(out, data, shard_rows=20).finished
+    small(tmp_path / "straight", data, shard_rows=20)
+    assert contents(out) == contents(tmp_path / "straight")
