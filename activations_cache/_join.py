@@ -15,6 +15,8 @@ from activations_cache._shards import IntArray, Source
 from activations_cache.errors import CacheMismatchError, DataError
 from activations_cache.store import NUMPY_TYPES, AnyArray, Moments, SiteSpec, json_digest
 
+NORM_TOLERANCE = 0.01  # batches of another shape change the last bits of a value, not its norm
+
 
 class JoinedSet:
     """Sites of several sources of the same rows; see `Source`.
@@ -267,8 +269,8 @@ def join(*caches: Reader) -> Join:
 
     Raises:
         DataError: Fewer than two; a column that two of them hold with different values.
-        CacheMismatchError: Another model, other data or other positions; one site in two types or shapes; an imported
-            cache whose model is not known.
+        CacheMismatchError: Another model, other data or other positions; one site in two types or shapes, or with
+            other values (their mean norms differ); an imported cache whose model is not known.
     """
     _check_models(caches, "join")
     first = caches[0]
@@ -276,6 +278,7 @@ def join(*caches: Reader) -> Join:
         if other.rows_key != first.rows_key:
             raise CacheMismatchError(f"join needs caches of the same rows; {other!r} has {_difference(first, other)}")
     _check_sites(caches)
+    _check_values(caches)
     for name in {name for cache in caches for name in (*cache.columns, *cache.token_columns)}:
         _check_column(name, caches)
     return Join(caches)
@@ -333,6 +336,8 @@ def _check_models(caches: Sequence[Reader], what: str) -> None:
                 f"{what} needs caches of one model; {first!r} is of {ours.name} (weights {ours.weights_hash[:12]}), "
                 f"{cache!r} of {theirs.name} (weights {theirs.weights_hash[:12]})"
             )
+        if cache.model.config_hash != first.model.config_hash:
+            raise CacheMismatchError(f"{what}: {first!r} and {cache!r} are of models of another configuration")
 
 
 def _check_sites(caches: Sequence[Reader]) -> None:
@@ -347,6 +352,21 @@ def _check_sites(caches: Sequence[Reader]) -> None:
                     f"{name} is {known.dtype} {list(known.shape)} in {holder!r} and {spec.dtype} {list(spec.shape)} in "
                     f"{cache!r}; one type and shape is needed"
                 )
+
+
+def _check_values(caches: Sequence[Reader]) -> None:
+    """A site that several hold of the same rows must have one mean norm, as far as it is known without reading."""
+    seen: dict[str, tuple[Reader, float]] = {}
+    for cache in caches:
+        for name in cache.sites:
+            known = cache.summary(name)
+            if known is not None:
+                holder, norm = seen.setdefault(name, (cache, known[0]))
+                if abs(known[0] - norm) > NORM_TOLERANCE * norm:
+                    raise CacheMismatchError(
+                        f"{name} has a mean norm of {norm:.6g} in {holder!r} and of {known[0]:.6g} in {cache!r}: these "
+                        "are not the same activations"
+                    )
 
 
 def _difference(first: Reader, other: Reader) -> str:

@@ -117,7 +117,13 @@ def as_float(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def write(
-    path: Path, content: Content, *, per_shard: int = 7, compression: str | None = None, weights: str = "a" * 64
+    path: Path,
+    content: Content,
+    *,
+    per_shard: int = 7,
+    compression: str | None = None,
+    weights: str = "a" * 64,
+    config: str = "c" * 64,
 ) -> Cache:
     """Write the cache and open it."""
     path.mkdir(parents=True)
@@ -151,11 +157,13 @@ def write(
         raw = (path / name).read_bytes()
         shards.append({"file": name, **entry, "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()})
         first_row += len(mine)
-    write_manifest(path, _manifest(content, identity, shards, compression, weights))
+    write_manifest(path, _manifest(content, identity, shards, compression, weights, config))
     return ac.open(path)
 
 
-def _manifest(content: Content, identity: str, shards: list[Any], compression: str | None, weights: str) -> Any:
+def _manifest(
+    content: Content, identity: str, shards: list[Any], compression: str | None, weights: str, config: str
+) -> Any:
     fingerprint = hashlib.sha256(str(content.ids).encode()).hexdigest()
     selection = hashlib.sha256(str(content.positions).encode()).hexdigest()
     tokens = sum(map(len, content.ids))
@@ -173,7 +181,7 @@ def _manifest(content: Content, identity: str, shards: list[Any], compression: s
         for name, (values, dtype) in content.sites.items()
     ]
     rows = len(content.sequence)
-    model = {"name": "<i>tiny</i>", "class": "Tiny", "config_hash": "c" * 64, "weights_hash": weights}
+    model = {"name": "<i>tiny</i>", "class": "Tiny", "config_hash": config, "weights_hash": weights}
     settings = {"positions": "chosen", "pool": None, "n_tokens": None, "compression": compression, "dtype": "float32"}
     settings |= {"logprobs": "logprob" in content.token_columns, "batch_tokens": 8, "shard_rows": 20}
     plan = {"fingerprint": "", "rows": rows, "sequences": len(content.ids), "tokens": tokens}

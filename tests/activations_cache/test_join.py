@@ -124,6 +124,15 @@ def test_a_site_in_two_types_does_not_join_and_one_held_twice_is_the_first(cache
     assert torch.equal(made[SITE][:], caches["left"][SITE][:])
 
 
+def test_other_values_of_one_site_do_not_join(caches: dict[str, Any], tmp_path: Path):
+    other = copy.copy(LEFT)
+    other.sites = {**LEFT.sites, SITE: (LEFT.sites[SITE][0] * np.float32(1.1), "float32")}
+    with pytest.raises(CacheMismatchError, match=r"blocks.0.hook_a has a mean norm of .* not the same activations"):
+        join(caches["left"], write(tmp_path / "other", other))
+    other.sites[SITE] = (LEFT.sites[SITE][0] * np.float32(1 + 1e-5), "float32")
+    assert len(join(caches["left"], write(tmp_path / "near", other))) == len(caches["left"])
+
+
 def test_columns_that_contradict_each_other_do_not_join(caches: dict[str, Any], tmp_path: Path):
     other = without(WHOLE, SITE)
     other.columns = {**WHOLE.columns, "n": WHOLE.columns["n"][::-1]}
@@ -189,6 +198,8 @@ def test_caches_of_other_sites_or_types_do_not_concatenate(caches: dict[str, Any
 def test_caches_of_other_models_do_not_go_together(put: Any, caches: dict[str, Any], tmp_path: Path):
     with pytest.raises(CacheMismatchError, match=r"weights aaaaaaaaaaaa.*weights bbbbbbbbbbbb"):
         put(caches["whole"], write(tmp_path / "b", WHOLE, weights="b" * 64))
+    with pytest.raises(CacheMismatchError, match="models of another configuration"):
+        put(caches["whole"], write(tmp_path / "c", WHOLE, config="d" * 64))
     unknown = write(tmp_path / "u", WHOLE, weights="unknown")
     with pytest.raises(CacheMismatchError, match="imported without its model"):
         put(unknown, unknown)
