@@ -93,9 +93,9 @@ def _follow(links: Links, prepare: Callable[[], Plan], folder: Path) -> Plan:
         if numbers:
             _in_sight([folder / store.MANIFEST])
         for number, rows in batches_of(plan, numbers[links.world.rank :: links.world.size]):
+            links.receive(wait=False)  # raises if another rank has failed; "done" cannot come before this batch is told
             write_batch(folder, plan.identity, number, rows)
             links.send(0, "batch", batch=number)
-            links.receive(wait=False)  # it may be over: another rank failed
         links.expect()
     except BaseException as error:
         if links.failure is None:
