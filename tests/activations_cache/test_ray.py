@@ -106,7 +106,7 @@ def stop_after(shards: int, work: Any) -> None:
 
 
 @pytest.mark.slow
-def test_two_actors_and_a_folder_with_a_tokenizer(cluster: None, tmp_path: Path):
+def test_two_actors_of_a_saved_checkpoint(cluster: None, tmp_path: Path):
     """A saved checkpoint by its path, from nothing, in whatever order two actors finish."""
     whole, out, folder = tmp_path / "whole", tmp_path / "acts", tmp_path / "model"
     llama().save_pretrained(folder)
@@ -197,6 +197,23 @@ def test_data_in_a_temporary_file_reach_the_actors(here: None, tmp_path: Path, m
     monkeypatch.setattr(_spool, "SPOOL_BYTES", 16)
     over_ray(out, rich_rows(), token_columns=["weight"])
     check_equal(out, whole)
+
+
+def test_texts_are_read_by_the_tokenizer_beside_the_model(here: None, tmp_path: Path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "one": 1, "two": 2, "three": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    folder, texts = tmp_path / "model", ["one two", "three", "two two four one"]
+    llama().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    small(tmp_path / "whole", texts, model=model, tokenizer=tokenizer)
+    cache = over_ray(tmp_path / "acts", texts, str(folder))
+    assert contents(tmp_path / "acts") == contents(tmp_path / "whole")
+    assert cache.manifest["tokenizer"]["hash"] == store.read_manifest(tmp_path / "whole")["tokenizer"]["hash"]
 
 
 def test_an_error_in_an_actor_is_raised_as_what_it_is(here: None, tmp_path: Path):
