@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import activations_cache as ac
-from activations_cache import _parallel, _pipeline, _shares, conformance, store
+from activations_cache import _job, _parallel, _pipeline, _shares, conformance, store
 from activations_cache.errors import CacheError, ParallelError
 from tests.activations_cache.caches import contents, die, in_child, labelled_rows, llama, small
 from tests.activations_cache.ranks import rich_rows, run_ranks
@@ -272,6 +272,20 @@ def test_a_rank_with_another_model_or_setting_is_refused_on_both(tmp_path: Path)
         out = tmp_path / fact
         outcomes = run_ranks(tmp_path, [capturing(out), capturing(out, **settings)])
         assert all(o.startswith("CacheMismatchError: ") and fact in o for o in outcomes), outcomes
+
+
+def test_a_rank_of_other_threads_or_versions_is_warned_of(tmp_path: Path):
+    def careful() -> None:
+        warnings.filterwarnings("error", "rank 1")
+        small(tmp_path / "acts")
+
+    def other() -> None:
+        real = _job._machine
+        _job._machine = lambda hf: {**real(hf), "threads": 64}
+        small(tmp_path / "acts")
+
+    outcomes = run_ranks(tmp_path, [careful, other])
+    assert outcomes[0].startswith("UserWarning: rank 1 runs other library versions or another number of threads")
 
 
 def test_a_rank_whose_request_is_wrong_stops_the_others(tmp_path: Path):
