@@ -51,9 +51,9 @@ def at_shard(act: Callable[[int], Any]) -> None:
     """From now on in this process, `act` with its number when a shard is begun; the one before it is durable then."""
     real = _pipeline._new_buffer
 
-    def told(job: Any, shard: Any) -> Any:
+    def told(job: Any, shard: Any, *rest: Any) -> Any:
         act(shard.index)
-        return real(job, shard)
+        return real(job, shard, *rest)
 
     _pipeline._new_buffer = told
 
