@@ -215,8 +215,10 @@ def settings_say_what_is_stored(directory: Path) -> None:
     for name, entry in columns.items():
         _require(entry["kind"] in ROW_TYPES, f"token column {name} is of kind {entry['kind']!r}")
         categories = entry.get("categories")
-        right = isinstance(categories, list) and all(isinstance(value, str) for value in categories)
-        _require(right or entry["kind"] != "string", f"token column {name} has no list of categories")
+        right = isinstance(categories, list) and categories[:1] == [""] and len(set(categories)) == len(categories)
+        _require(
+            right or entry["kind"] != "string", f"token column {name} has no list of categories that begins with ''"
+        )
 
 
 @requirement("M7")
@@ -424,7 +426,7 @@ def row_fields_are_typed(directory: Path) -> None:
                 _require(dataset.shape == (entry["rows"],), f"{where}: shape {dataset.shape}")
                 if columns.get(name, {}).get("kind") == "string":
                     codes, last = dataset[()], len(columns[name]["categories"])
-                    _require(((codes >= -1) & (codes < last)).all(), f"{where}: a number of no category")
+                    _require(((codes >= 0) & (codes < last)).all(), f"{where}: a number of no category")
             if "logprob" in _row_fields(manifest):
                 values, first = file["rows/logprob"][()], file["rows/position"][()] == 0
                 missing = np.isnan(values)

@@ -212,6 +212,43 @@ def test_each_requirement_notices_what_breaks_it(name: str, number: int, made: P
     assert message in broken[name] or any(part in broken[name] for part in message.split("|"))
 
 
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of chosen positions, token columns and log-probabilities, compressed."""
+    out = tmp_path_factory.mktemp("rich") / "acts"
+    data = [
+        {"input_ids": ids, "mask": [i % 2 == 0 for i in range(len(ids))], "tag": ["ab"[i % 2] for i in range(len(ids))]}
+        for ids in token_rows(20)
+    ]
+    asked = {"positions": "mask", "token_columns": ["tag"], "logprobs": True, "compression": "gzip", "columns": []}
+    small(out, data, SITE, **asked)
+    return out
+
+
+RICH: list[tuple[str, Callable[[Path], Any], str]] = [
+    ("S9", of_shard(put("rows/tag", 1, 9)), "a number of no category"),
+    ("S9", of_shard(put("rows/logprob", 1, 0.5)), "above 0|NaN elsewhere"),
+    ("S9", of_shard(put("rows/logprob", slice(None), np.nan)), "NaN elsewhere than first"),
+    ("S9", of_shard(replace("rows/logprob", lambda v: v.astype("<f8"))), "rows/logprob is float64"),
+    ("S9", of_shard(lambda f: f["rows"].pop("tag")), "lacks rows/tag"),
+    ("S3", of_shard(replace(f"sites/{SITE}", lambda v: v)), "filters"),
+    ("S6", of_shard(put("rows/position", slice(None), 0)), "not in order"),
+    ("S6", of_shard(put("rows/sequence", 0, 99)), "does not hold"),
+    ("I1", of_index(lambda f: f["rows"].pop("logprob")), "logprob"),
+    ("I1", of_index(lambda f: f["rows"].pop("tag")), "tag"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(RICH)))
+def test_requirements_on_what_few_caches_hold(number: int, rich: Path, tmp_path: Path):
+    assert conformance.failures(rich) == []
+    name, harm, message = RICH[number]
+    out = Path(shutil.copytree(rich, tmp_path / "acts"))
+    harm(out)
+    broken = dict(line.split(": ", 1) for line in conformance.failures(out))
+    assert any(part in broken[name] for part in message.split("|"))
+
+
 def test_every_requirement_is_broken_by_something_and_stands_in_the_page(made: Path):
     assert set(BROKEN) == set(conformance.REQUIREMENTS)
     page = (Path(__file__).parents[2] / "docs" / "cache-format.md").read_text()

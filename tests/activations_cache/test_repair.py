@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import activations_cache as ac
 from activations_cache import _forward, conformance, store
@@ -63,9 +66,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def capture(out: Path, **settings: Any) -> Any:
-    settings = {"batch_tokens": 160, "shard_rows": 600, "columns": ["author", "n", "score", "toxic"], **settings}
-    return small(out, rows(), RESID, **settings)
+def capture(out: Path, **asked: Any) -> Any:
+    asked = {"batch_tokens": 160, "shard_rows": 600, "columns": ["author", "n", "score", "toxic"], **asked}
+    return small(out, rows(), RESID, **asked)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +127,11 @@ def assert_as_new(out: Path, original: Path) -> None:
 
 
 # --- the original comes back ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_conforms(kind: str, made: Callable[[str], Path]):
+    assert conformance.failures(made(kind)) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -229,6 +237,25 @@ def test_several_shards_at_once(made: Callable[[str], Path], copy: Callable[[str
     assert_as_new(out, made("all"))
 
 
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kind=st.sampled_from(["all", "pooled mask", "gzip", "token columns"]),
+    places=st.lists(
+        st.tuples(st.sampled_from([SHARD, "shard-00000.h5", "index.h5"]), st.floats(0, 0.999)), min_size=1, max_size=2
+    ),
+)
+def test_any_altered_bytes_are_repaired(
+    kind: str, places: list[tuple[str, float]], made: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+):
+    """With the model and the data, whatever is altered comes back bit by bit."""
+    out = Path(shutil.copytree(made(kind), tmp_path_factory.mktemp("altered") / "acts"))
+    for name, part in places:
+        alter(out / name, int(part * (out / name).stat().st_size))
+    assert repair(out, llama(), rows(), progress=False).exact
+    assert_as_new(out, made(kind))
+    shutil.rmtree(out)
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +318,26 @@ def test_other_bytes_are_recorded_in_the_manifest(copy: Callable[[str], Path], m
     assert capture(out).finished  # and a capture of the same kind still takes it as its own
 
 
+# --- the disk ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_the_cache_as_repairable_as_it_was(made: Callable[[str], Path], copy: Callable[[str], Path]):
+    out = copy("all")
+    alter(out / SHARD, place(out / SHARD, f"sites/{SITE}", 3))
+    before = contents(out)
+
+    def work() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        with pytest.raises(CacheError, match=r"cannot be written.*run the same repair again"):
+            repair(out, llama(), progress=False)
+
+    assert in_child(work) == 0
+    assert contents(out) == before
+    assert repair(out, llama(), progress=False).exact
+    assert_as_new(out, made("all"))
+
+
 # --- killed in the middle -------------------------------------------------------------------------------------------
 
 
@@ -324,8 +371,8 @@ def test_a_killed_repair_can_be_run_again(call: int, made: Callable[[str], Path]
 def test_generated_tokens_are_repaired_from_the_model_alone(tmp_path: Path):
     """Chosen positions and log-probabilities of a generation: everything but the rows stands in the shard."""
     out, prompts = tmp_path / "acts", np.random.default_rng(0).integers(3, 96, (9, 8)).tolist()
-    settings = {"max_new_tokens": 5, "batch_tokens": 60, "shard_rows": 20, "positions": "generated", "progress": False}
-    ac.capture_generation(llama(), prompts, RESID, out, **settings)
+    asked = {"max_new_tokens": 5, "batch_tokens": 60, "shard_rows": 20, "positions": "generated", "progress": False}
+    ac.capture_generation(llama(), prompts, RESID, out, **asked)
     before = contents(out)
     for name in (f"sites/{SITE}", "rows/logprob"):
         alter(out / SHARD, place(out / SHARD, name, 2))
