@@ -138,7 +138,8 @@ def repair(
 
     - nothing: headers, statistics, checksums or index.h5 are damaged; they are made again from the rows.
     - the model: rows are damaged. The batches of the plan that hold them are run, and only damaged blocks replaced.
-    - the model and the data: a shard is missing, cut, or its token ids, labels or chosen positions are damaged.
+    - the model and the data: a shard is missing, cut or unreadable, or its token ids, labels or chosen positions are
+      damaged. Rows that are intact in an unreadable file are found all the same, and not computed again.
 
     Args:
         path: The cache directory.
@@ -286,7 +287,11 @@ def _repair_shard(source: _Source, number: int, problem: Problem) -> RepairedSha
             if moments is not None and _write(source, entry, kept, moments) == entry.sha256:
                 return _settle(source, number, (), 0, entry.sha256)
     if kept is None or not kept.described:
-        kept = Salvage.of_job(source.job(why), number, kept)
+        known = kept
+        kept = Salvage.of_job(source.job(why), number, known)
+        if known is None and problem.kind == "altered" and not source.manifest["settings"].get("compression"):
+            _write(source, entry, kept, kept.buffer.moments)
+            kept.take_over(_partial(source, entry.file), source.directory / entry.file)
     sequences, forwards = _recapture(source, kept, why)
     stored = [kept.moments] if kept.moments is not None else []
     digest = ""
@@ -353,7 +358,7 @@ def _tensor(rows: AnyArray, spec: SiteSpec) -> torch.Tensor:
 
 def _write(source: _Source, entry: ShardEntry, kept: Salvage, moments: Mapping[str, Moments]) -> str:
     """Write a candidate beside the shard's name, durably; its SHA-256."""
-    partial = source.directory / f".{entry.file}{PARTIAL}"
+    partial = _partial(source, entry.file)
     kept.buffer.moments = dict(moments)
     compression = source.manifest["settings"].get("compression")
     try:
@@ -364,10 +369,14 @@ def _write(source: _Source, entry: ShardEntry, kept: Salvage, moments: Mapping[s
     return file_sha256(partial)
 
 
+def _partial(source: _Source, file: str) -> Path:
+    return source.directory / f".{file}{PARTIAL}"
+
+
 def _settle(source: _Source, number: int, sequences: tuple[int, ...], forwards: int, digest: str) -> RepairedShard:
     """Put the candidate in the shard's place; if it is not the original, say so in the manifest."""
     old = source.manifest["shards"][number]
-    partial, target = source.directory / f".{old['file']}{PARTIAL}", source.directory / old["file"]
+    partial, target = _partial(source, old["file"]), source.directory / old["file"]
     size = partial.stat().st_size
     if target.is_dir() and not target.is_symlink():
         raise CacheError(f"{target} is a directory; move it away, and run the same repair again")

@@ -16,7 +16,16 @@ from activations_cache._verify import Problem
 from activations_cache.columns import Column
 from activations_cache.plan import IntArray, batches_of
 from activations_cache.positions import Selection
-from activations_cache.store import LOGPROB, NUMPY_TYPES, AnyArray, Moments, ShardBuffer, SiteSpec, read_moments
+from activations_cache.store import (
+    LOGPROB,
+    NUMPY_TYPES,
+    AnyArray,
+    Moments,
+    ShardBuffer,
+    SiteSpec,
+    block_crcs,
+    read_moments,
+)
 from activations_cache.tokens import Tokens
 
 
@@ -62,6 +71,25 @@ class Salvage:
         tokens = Tokens(np.asarray(job.tokens.flat[start:end]), job.tokens.offsets[first : stop + 1] - start)
         moments = None if kept is None else kept.moments
         return cls(tokens, _cut(job.selection, first, stop), buffer, bad, True, False, moments)
+
+    def take_over(self, template: Path, damaged: Path) -> None:
+        """Take blocks of rows from a file that HDF5 cannot read, from where a shard of this content has them.
+
+        The structures of a shard follow from its content, but for the values: `template` is a shard like this one
+        with any values. A block is taken over if its CRC, from its own place in the damaged file, is right.
+        """
+        with h5py.File(template, "r") as file:
+            block = int(file.attrs["crc_rows"])
+            for name, bad in self.bad.items():
+                start, crc_start = file[name].id.get_offset(), file[f"crc/{name}"].id.get_offset()
+                if start is None or crc_start is None:  # no rows
+                    continue
+                target = _target(self.buffer, name)
+                found = np.fromfile(damaged, target.dtype, target.size, offset=start).reshape(target.shape)
+                crcs = np.fromfile(damaged, "<u4", len(file[f"crc/{name}"]), offset=crc_start)
+                right = np.repeat(block_crcs(found, block) == crcs, block)[: len(bad)]
+                target[right] = found[right]
+                bad &= ~right
 
     def rows_of(self, sequences: IntArray) -> IntArray:
         """The rows of some sequences, one after the other."""

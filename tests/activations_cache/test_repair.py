@@ -227,6 +227,27 @@ def test_what_only_the_data_know_needs_them(harm: str, made: Callable[[str], Pat
         assert done.forwards == 0
 
 
+@pytest.mark.parametrize("kind", ["all", "mask", "logprobs", "two types"])
+def test_a_file_that_hdf5_cannot_read_loses_no_rows(
+    kind: str, made: Callable[[str], Path], copy: Callable[[str], Path]
+):
+    """Its signature and a tree are altered, and one value: with the data, the rows are found where they must lie."""
+    out = copy(kind)
+    value = place(out / SHARD, f"sites/{SITE}", 0)
+    alter(out / SHARD, 1)
+    alter(out / SHARD, (out / SHARD).read_bytes().index(b"TREE"))
+    entry = store.read_manifest(out)["shards"][1]
+    done = repair(out, llama(), rows(), progress=False)
+    assert (done.exact, done.forwards, done.sequences) == (True, 0, ())
+    assert_as_new(out, made(kind))
+    alter(out / SHARD, 1)
+    alter(out / SHARD, value)
+    done = repair(out, llama(), rows(), progress=False)
+    assert done.exact
+    assert 0 < len(done.sequences) < entry["sequences"]
+    assert_as_new(out, made(kind))
+
+
 def test_several_shards_at_once(made: Callable[[str], Path], copy: Callable[[str], Path]):
     out = copy("all")
     (out / "shard-00000.h5").unlink()
