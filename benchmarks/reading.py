@@ -138,8 +138,10 @@ class Files:
         from activations_cache._batches import Batches
 
         budget = self.settings.buffer_mb * 2**20
-        chosen = {"batch_size": self.settings.batch, "buffer_bytes": budget, "prefetch": prefetch}
-        return Batches(self.shards, "site", torch.float32, seed=self.settings.seed, **chosen)
+        batch, seed = self.settings.batch, self.settings.seed
+        return Batches(
+            self.shards, "site", torch.float32, batch_size=batch, seed=seed, buffer_bytes=budget, prefetch=prefetch
+        )
 
     def ram(self) -> Iterator[Float[Tensor, "batch d"]]:
         """All rows in RAM, each batch the next rows of a permutation of all."""
@@ -173,7 +175,7 @@ class Files:
 
         rows = min(self.settings.buffer_mb * 2**20 // (2 * self.width), self.n) // LENGTH
         self.store = ActivationsStore(
-            model=None,  # type: ignore[arg-type]  # nothing is run
+            model=None,  # nothing is run
             dataset=None,
             streaming=False,
             hook_name="site",

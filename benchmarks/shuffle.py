@@ -80,10 +80,17 @@ def expected(settings: Settings) -> dict[str, float]:
 def block_shuffle(settings: Settings, budget_mb: int) -> dict[str, Any]:
     """One epoch of our batches under a RAM budget."""
     source: Any = NoValues(settings)
-    chosen = {"batch_size": settings.batch, "seed": settings.seed, "with_rows": True, "prefetch": False}
-    batches = Batches(source, ["site"], buffer_bytes=budget_mb * 2**20, **chosen)
+    batches = Batches(
+        source,
+        ["site"],
+        batch_size=settings.batch,
+        seed=settings.seed,
+        buffer_bytes=budget_mb * 2**20,
+        prefetch=False,
+        with_rows=True,
+    )
     layout = batches.layout()
-    found = measure(settings, (batch[1].numpy() for batch in batches))
+    found = measure(settings, (numbers.numpy() for _, numbers in batches))
     return {"budget MB": budget_mb, "block rows": layout.block, "blocks": layout.blocks, **found}
 
 
