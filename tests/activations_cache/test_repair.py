@@ -248,6 +248,23 @@ def test_a_file_that_hdf5_cannot_read_loses_no_rows(
     assert_as_new(out, made(kind))
 
 
+@pytest.mark.parametrize("pool", [None, "mean"])
+def test_positions_that_were_chosen_one_by_one_are_asked_for(pool: Any, tmp_path: Path):
+    out, chosen = tmp_path / "acts", [slice(1, 4 + number % 3) for number in range(40)]
+    capture(out, positions=chosen, pool=pool, shard_rows=30)
+    before = contents(out)
+    alter(out / SHARD, place(out / SHARD, f"sites/{SITE}", 0))
+    if pool is None:  # the rows themselves say which
+        assert repair(out, llama(), progress=False).exact
+        (out / SHARD).unlink()
+    with pytest.raises(CacheError, match="pass the same positions= as for the capture"):
+        repair(out, llama(), rows(), progress=False)
+    with pytest.raises(CacheMismatchError, match="other data or settings"):
+        repair(out, llama(), rows(), positions=[slice(0, 3)] * 40, progress=False)
+    assert repair(out, llama(), rows(), positions=chosen, progress=False).exact
+    assert contents(out) == before
+
+
 def test_several_shards_at_once(made: Callable[[str], Path], copy: Callable[[str], Path]):
     out = copy("all")
     (out / "shard-00000.h5").unlink()
