@@ -96,8 +96,9 @@ def data_facts(data: Mapping[str, Any], columns: Mapping[str, str], per_row: Map
     facts.append(("columns", ", ".join(f"{name} ({kind})" for name, kind in columns.items()) or "none"))
     if per_row:
         facts.append(("per token", ", ".join(f"{name} ({kind})" for name, kind in per_row.items())))
-    if data.get("columns_left_out"):
-        facts.append(("left out", "columns " + ", ".join(data["columns_left_out"])))
+    left = [name for name in data.get("columns_left_out") or () if name not in per_row]  # those are stored per token
+    if left:
+        facts.append(("left out", "columns " + ", ".join(left)))
     return facts
 
 
@@ -150,8 +151,9 @@ def page(facts: Sequence[tuple[str, str]], sites: Sequence[SiteRow]) -> str:
     """The same as HTML that needs nothing from outside; every text in it is escaped."""
     cell = 'style="text-align:left;vertical-align:top;padding:2px 12px 2px 0"'
     number = 'style="text-align:right;padding:2px 12px 2px 0;font-variant-numeric:tabular-nums"'
+    name_cell = cell.replace('style="', 'style="white-space:nowrap;')
     rows = [
-        f"<tr><th {cell}>{html.escape(name)}</th><td {cell}>{html.escape(value)}</td></tr>"
+        f"<tr><th {name_cell}>{html.escape(name)}</th><td {cell}>{html.escape(value)}</td></tr>"
         for name, value in facts
         if value
     ]

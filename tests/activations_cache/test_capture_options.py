@@ -132,6 +132,7 @@ def test_columns_per_token_follow_their_tokens(tmp_path: Path):
     assert cache.labels("kind").tolist() == cache.rows["kind"].tolist()
     assert sorted(cache.manifest["data"]["token_columns"]["kind"]["categories"]) == ["", "even", "odd"]
     assert raw(tmp_path / "acts", "rows/depth").tolist() == cache.rows["depth"].tolist()
+    assert "left out" not in cache.info()  # they are stored, per token
 
 
 @pytest.mark.parametrize("positions", ["all", "last"])
