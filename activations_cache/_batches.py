@@ -267,7 +267,7 @@ class Batches(IterableDataset[Batch]):
         for site, output in zip(self.sites, self._outputs, strict=True):
             spec = self.source.specs[site]
             kind = TORCH_TYPES[spec.dtype]
-            shape = (n, self.consecutive * int(np.prod(spec.shape, dtype=np.int64)))
+            shape = (n, self.consecutive * math.prod(spec.shape))
             if pinned:
                 made.append(torch.empty(shape, dtype=kind, pin_memory=True))
             else:
@@ -278,12 +278,11 @@ class Batches(IterableDataset[Batch]):
 
     def _draw(self, held: Buffer, start: int, stop: int, outs: list[Tensor], scratch: Tensor) -> None:
         """Write the units `start` to `stop` of the epoch, all in this buffer, into the batch."""
-        index = held.index[start - held.start : stop - held.start]
+        drawn = slice(start - held.start, stop - held.start)
         if held.numbers is not None:
-            outs[-1].copy_(held.numbers[start - held.start : stop - held.start])
-        index = self._spread(index)
-        for site, words, out in zip(self.sites, held.words, outs, strict=False):
-            kind = TORCH_TYPES[self.source.specs[site].dtype]
+            outs[-1].copy_(held.numbers[drawn])
+        for site, words, first, out in zip(self.sites, held.words, held.index, outs, strict=False):
+            kind, index = TORCH_TYPES[self.source.specs[site].dtype], self._spread(first[drawn])
             gather_into(words, index, kind, out.view(len(index), -1), scratch)
 
     def _spread(self, first: Int64[Tensor, " units"]) -> Int64[Tensor, " rows"]:

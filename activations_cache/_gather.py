@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 
@@ -88,7 +89,7 @@ class Outputs:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor."""
-        n_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        n_bytes = math.prod(shape) * dtype.itemsize
         return torch.from_numpy(self._bytes(n_bytes)[:n_bytes]).view(dtype).reshape(tuple(shape))
 
     def _bytes(self, n_bytes: int) -> AnyArray:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 IntArray = npt.NDArray[np.int64]
 MANY_BLOCKS, FEWEST_BLOCKS = 512, 64  # of a buffer: rows of one block meet in one batch, so many mix better
@@ -188,3 +189,9 @@ def part_bounds(n_units: int, part: tuple[int, int]) -> tuple[int, int]:
 def generator(seed: int, *numbers: int) -> np.random.Generator:
     """The generator that belongs to a seed and further numbers."""
     return np.random.default_rng([seed % 2**64, *numbers])
+
+
+def permutation(n: int, seed: int, *numbers: int) -> IntArray:
+    """A permutation of n; torch's, which is twice as fast as numpy's."""
+    source = torch.Generator().manual_seed(int(generator(seed, *numbers).integers(2**63)))
+    return torch.randperm(n, generator=source).numpy()

@@ -1,13 +1,17 @@
-"""Filling shuffle buffers, in a background thread while the batches of the one before are drawn."""
+"""Filling shuffle buffers, in a background thread while the batches of the one before are drawn.
+
+Where the cache can be mapped (`_mapping`), a buffer is no copy: filling it brings its pages into the system's cache,
+and batches are gathered from there. Where it cannot, its rows are copied into memory.
+"""
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +19,13 @@ from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from activations_cache._gather import as_tensor, as_words
-from activations_cache._order import EpochOrder, IntArray, Layout, Units, generator
-from activations_cache._shards import Source
+from activations_cache._mapping import bring, in_cache, map_all, touch
+from activations_cache._order import EpochOrder, IntArray, Layout, Units, permutation
+from activations_cache._shards import ShardSet, Source
 from activations_cache._spans import read_spans
 from activations_cache.store import NUMPY_TYPES, AnyArray
 
+SAMPLED = 8  # blocks of a buffer that are asked for whether they are in the system's cache
 Memory = dict[int, list[AnyArray]]  # per slot one array [rows, *shape] per site
 
 
@@ -31,8 +37,8 @@ class Buffer:
         epoch: The epoch that it belongs to.
         start: Units of the epoch before it.
         stop: And after its last.
-        words: Per site the raw values of its rows, as machine words.
-        index: First row, within the buffer, of each unit, in the order in which they are drawn.
+        words: Per site raw values as machine words: those of its rows, or of all rows, mapped.
+        index: Per site the first row in `words` of each unit, in the order in which they are drawn.
         numbers: Row number of that row in the cache, if asked for.
     """
 
@@ -40,7 +46,7 @@ class Buffer:
     start: int
     stop: int
     words: tuple[Shaped[Tensor, "rows words"], ...]
-    index: Int64[Tensor, " units"]
+    index: tuple[Int64[Tensor, " units"], ...]
     numbers: Int64[Tensor, " units"] | None
 
 
@@ -76,10 +82,14 @@ class Filler:
         self.specs = [source.specs[site] for site in sites]
         self.stopped = threading.Event()
         self.memory = memory
+        self.maps = map_all(source, sites) if rows is None else []
 
     def fill(self, slot: int, order: EpochOrder, number: int) -> Buffer:
         """Fill one slot with one buffer of an epoch. What the slot held before is gone."""
         places, counts = self.units.spans(*order.blocks_of(number))
+        if self.maps:
+            self._bring(places, counts + self.units.width - 1)
+            return self._point_at(places, counts, order, number)
         rows, held = counts + self.units.width - 1, self._slot(slot)
         done = int(rows.sum())
         for spec, values in zip(self.specs, held, strict=True):
@@ -88,7 +98,25 @@ class Filler:
             as_words(as_tensor(values[:done], spec.dtype)) for spec, values in zip(self.specs, held, strict=True)
         )
         start, stop = order.bounds[number : number + 2].tolist()
-        return Buffer(order.epoch, start, stop, words, *self._order(places, counts, order.epoch, number))
+        index, numbers = self._order(places, counts, order.epoch, number)
+        return Buffer(order.epoch, start, stop, words, (index,) * len(words), numbers)
+
+    def _point_at(self, places: IntArray, counts: IntArray, order: EpochOrder, number: int) -> Buffer:
+        """A buffer that says where its rows lie in the maps, once their pages are in memory."""
+        rows = np.repeat(places - (np.cumsum(counts) - counts), counts) + np.arange(int(counts.sum()))
+        drawn = slice(None) if self.seed is None else permutation(len(rows), self.seed, order.epoch, number + 1)
+        index = [torch.from_numpy(found.rows_at(rows, places, counts)[drawn]) for found in self.maps]
+        numbers = torch.from_numpy(rows[drawn]) if self.with_numbers else None
+        start, stop = order.bounds[number : number + 2].tolist()
+        return Buffer(order.epoch, start, stop, tuple(found.words for found in self.maps), tuple(index), numbers)
+
+    def _bring(self, places: IntArray, counts: IntArray) -> None:
+        """Exchange the pages in memory for those of these runs; what is still drawn from comes back by itself."""
+        for spec, found in zip(self.specs, self.maps, strict=True):
+            found.release()
+            if not bring(found.pages(places, counts), self.stopped.is_set):
+                assert isinstance(self.source, ShardSet)  # nothing else is mapped
+                touch(self.source, spec.name, places, counts, self.stopped.is_set)
 
     def _slot(self, slot: int) -> list[AnyArray]:
         rows, held = self.layout.rows, self.memory.get(slot)
@@ -100,7 +128,7 @@ class Filler:
     def _order(self, places: IntArray, counts: IntArray, epoch: int, number: int) -> tuple[Tensor, Tensor | None]:
         """Where each unit begins in the buffer, and its row's number in the cache, in the order of drawing."""
         units = int(counts.sum())
-        index = np.arange(units) if self.seed is None else generator(self.seed, epoch, number + 1).permutation(units)
+        index = np.arange(units) if self.seed is None else permutation(units, self.seed, epoch, number + 1)
         before = np.cumsum(counts) - counts  # units before each span
         numbers = None
         if self.with_numbers:
@@ -133,29 +161,34 @@ class Filler:
     def buffers(self, tasks: Iterator[tuple[EpochOrder, int]], ahead: int) -> Iterator[Buffer]:
         """Fill after fill, up to `ahead` of them in a thread before they are asked for.
 
-        A buffer is valid until the next is asked for. What a fill raises is raised here; closing the iterator ends the
-        thread.
+        What lies in the system's cache already is not worth a thread, which would take a processor from the gather: it
+        is filled when it is asked for. A buffer is valid until the next is asked for. What a fill raises is raised
+        here; closing the iterator ends the thread.
         """
-        jobs: Iterator[Callable[[], Buffer]] = (
-            _job(self.fill, count % self.slots, *task) for count, task in enumerate(tasks)
-        )
-        if not ahead:
-            for job in jobs:
-                yield job()
-            return
-        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="activations-cache-prefetch")
+        pool: ThreadPoolExecutor | None = None
+        waiting = deque[Callable[[], Buffer]]()
         try:
-            waiting = deque[Future[Buffer]]()
-            for job in jobs:
-                waiting.append(pool.submit(job))
+            for count, task in enumerate(tasks):
+                fill = functools.partial(self.fill, count % self.slots, *task)
+                if ahead and not self._is_near(*task):
+                    pool = pool or ThreadPoolExecutor(1, thread_name_prefix="activations-cache-prefetch")
+                    waiting.append(pool.submit(fill).result)
+                else:
+                    waiting.append(fill)
                 if len(waiting) > ahead:
-                    yield waiting.popleft().result()
+                    yield waiting.popleft()()
             while waiting:
-                yield waiting.popleft().result()
+                yield waiting.popleft()()
         finally:
             self.stopped.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+            if pool is not None:
+                pool.shutdown(wait=True, cancel_futures=True)
 
-
-def _job(fill: Callable[..., Buffer], *arguments: Any) -> Callable[[], Buffer]:
-    return lambda: fill(*arguments)
+    def _is_near(self, order: EpochOrder, number: int) -> bool:
+        """Whether a sample of a buffer's rows is in the system's cache, where they would be drawn from."""
+        if not self.maps:
+            return False
+        assert isinstance(self.source, ShardSet)
+        places, counts = self.units.spans(*order.blocks_of(number))
+        sample = np.linspace(0, len(places) - 1, SAMPLED).astype(np.int64)
+        return all(in_cache(self.source, spec.name, (places + counts - 1)[sample]) for spec in self.specs)

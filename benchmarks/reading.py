@@ -77,8 +77,9 @@ class Files:
         }
         if width == 128:
             self._arrow()
-            self.arms["SAELens ActivationsStore, mixing two batches"] = self.saelens
-            self.arms["SAELens ActivationsStore, in order"] = lambda: self.saelens(mix=False)
+            self.arms["SAELens ActivationsStore, mixing 64 contexts of 512"] = lambda: self.saelens(64 * 512)
+            self.arms["SAELens ActivationsStore, mixing two batches"] = lambda: self.saelens(2 * settings.batch)
+            self.arms["SAELens ActivationsStore, in order"] = lambda: self.saelens(0)
 
     def _shards(self) -> Any:
         """A cache's shards, written as capture writes them."""
@@ -170,15 +171,16 @@ class Files:
             for index in self.permutation().split(self.settings.batch):
                 yield rows.index_select(0, index).float()
 
-    def saelens(self, mix: bool = True) -> Iterator[Float[Tensor, "batch d"]]:
-        """SAELens's reader of its cached activations, through its mixing buffer or not.
+    def saelens(self, mixed: int) -> Iterator[Float[Tensor, "batch d"]]:
+        """SAELens's reader of its cached activations, through its mixing buffer of `mixed` rows, or in order.
 
-        The buffer holds two batches: it is copied whole for every batch that is read, so a larger one is slower.
+        The buffer is copied whole for every batch that is read, so a larger one is slower; two batches are the fewest
+        it takes. Its tutorials use 64 contexts of 512 tokens.
         """
         from sae_lens.training.activations_store import ActivationsStore
         from sae_lens.training.mixing_buffer import mixing_buffer
 
-        rows = 2 * self.settings.batch // LENGTH
+        rows = (mixed or 2 * self.settings.batch) // LENGTH
         self.store = ActivationsStore(
             model=None,  # nothing is run
             dataset=None,
@@ -202,7 +204,7 @@ class Files:
             for _ in range(self.n // self.settings.batch):
                 yield self.store.get_filtered_llm_batch(raise_on_epoch_end=True)
 
-        yield from mixing_buffer(rows * LENGTH, self.settings.batch, once(), 0.5) if mix else once()
+        yield from mixing_buffer(rows * LENGTH, self.settings.batch, once(), 0.5) if mixed else once()
 
     def drop_pages(self) -> bool:
         """Ask the system to forget the files' pages; whether it has a way to be asked."""

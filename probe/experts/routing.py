@@ -197,7 +197,7 @@ def attribute(
         folder = Path(cache_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="probe-routing-")))
         caches = [
             ac.capture(
-                model, _documents(data), names, folder / name, positions=positions, dtype="float32", bos=bos,  # type: ignore[arg-type]
+                model, _documents(data), names, folder / name, positions=positions, dtype="float32", bos=bos,
                 batch_tokens=batch_tokens, progress=progress,
             )
             for name, data in (("forget", forget), ("retain", retain))

@@ -301,7 +301,18 @@ def test_zeroed_expert_equals_zeroing_its_routing_weight(name):
     assert edit.config_patch == {}
 
 
-@pytest.mark.parametrize("name", [*MOE, "qwen3_moe_mixed"])
+GROUPED = ("deepseek_v2", "deepseek_v3_groups")  # their routers choose groups of experts first
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_experts_in_groups_are_not_pruned(name):
+    model = tiny(name)
+    chosen = Experts(((moe_layers(model)[0], 1),), sites.Sites(model).dims.n_experts)
+    with pytest.raises(EditError, match='groups of equal size, which pruning breaks; use method="zero"'):
+        remove_experts(model, chosen, "prune")
+
+
+@pytest.mark.parametrize("name", [name for name in (*MOE, "qwen3_moe_mixed") if name not in GROUPED])
 def test_pruned_experts_equal_masking_the_router(name, tmp_path):
     model = tiny(name)
     digest = weights_hash(model)
