@@ -280,7 +280,7 @@ def data_entry(tokens: Tokens, selection: Selection, columns: Mapping[str, Colum
         "truncated": tokens.n_truncated,
         "bos": tokens.bos,
         "columns": {name: column.kind for name, column in columns.items()},
-        "columns_left_out": sorted(set(tokens.columns) - set(columns)),
+        "columns_left_out": sorted(set(tokens.columns) - set(columns) - set(tokens.token_columns)),
         "token_columns": {name: _token_column(column) for name, column in tokens.token_columns.items()},
         "selection": selection.fingerprint(),
     }

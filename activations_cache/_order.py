@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 IntArray = npt.NDArray[np.int64]
-MANY_BLOCKS, FEWEST_BLOCKS = 512, 64  # of a buffer: rows of one block meet in one batch, so many mix better
+MANY_BLOCKS, FEWEST_BLOCKS = 1024, 64  # of a buffer: rows of one block meet in one batch, so many mix better
 PAGE_BYTES = 4096  # less is never read at a time, but for a buffer of fewer than `FEWEST_BLOCKS` pages
 
 
