@@ -96,8 +96,8 @@ def capture(
         token_columns: Columns that hold a value per token, stored beside the rows.
         logprobs: Store each row's log p(token | all before it) of the model too, in nats, as `rows["logprob"]`. The
             forward then runs to its end.
-        compression: "gzip" or "lzf" compresses the sites: a little smaller, much slower to write and to read. None stores
-            them as they are.
+        compression: "gzip" or "lzf" compresses the sites: a little smaller, much slower to write and to read. None
+            stores them as they are.
         text_column: The column of the data that holds the text.
         resume: Go on with an interrupted capture of the same kind, and return a finished one without running the
             model. False refuses any existing cache; nothing is ever deleted.

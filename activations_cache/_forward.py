@@ -77,6 +77,7 @@ class Forward:
         self.logprobs, self.batch_tokens = logprobs, batch_tokens
         self._pending: dict[str, _Pending] = {}
         self._stored = _Stored(None, None, np.zeros(0, np.int64))
+        self._room = Room()
 
     def __enter__(self) -> Forward:
         self._open = ExitStack()
@@ -159,9 +160,7 @@ class Forward:
     def _read(self, value: Shaped[Tensor, "batch pos *shape"], site: Any) -> None:
         spec = self.specs[site.name]
         rows = self._stored.rows(value.detach().reshape(-1, *spec.shape))  # [rows, *shape]
-        # the model may go on to change its tensor in place while the writer reads this one
-        stored = rows.to(TORCH_TYPES[spec.dtype], copy=not self._stored.copies)
-        self._pending[spec.name] = _Pending(spec, rows, stored, self._stored.sequences)
+        self._pending[spec.name] = _Pending(spec, rows, self._stored.sequences, self._room)
         if len(self._pending) == len(self.specs) and not self.logprobs:
             raise _Enough
 
@@ -193,11 +192,6 @@ class _Stored:
     pooled: Int[Tensor, " batch"] | None
     sequences: IntArray
 
-    @property
-    def copies(self) -> bool:
-        """Whether `rows` is a new tensor, which the model does not hold."""
-        return self.keep is not None or self.pooled is not None
-
     def rows(self, flat: Shaped[Tensor, "all *shape"]) -> Shaped[Tensor, "rows *shape"]:
         if self.keep is not None:
             flat = flat.index_select(0, self.keep.to(flat.device))
@@ -216,24 +210,61 @@ class _Stored:
         return torch.stack([part.nanmean() for part in kept.split(self.pooled.tolist())])
 
 
+class Room:
+    """Memory that batches use one after the other: fresh memory is slow to touch, and a batch needs much of it."""
+
+    def __init__(self) -> None:
+        self._free: dict[str, list[Tensor]] = {}
+        self._scratch = torch.empty(0)
+
+    def take(self, spec: SiteSpec, rows: int) -> Shaped[Tensor, "more *shape"]:
+        """Room for that many rows of a site or more, until it is given back."""
+        held = self._free.setdefault(spec.name, [])
+        found = held.pop() if held else None
+        if found is None or len(found) < rows:
+            found = torch.empty(rows, *spec.shape, dtype=TORCH_TYPES[spec.dtype])
+        return found
+
+    def give_back(self, spec: SiteSpec, taken: Shaped[Tensor, "more *shape"]) -> None:
+        """What was taken is not needed any more; any thread may say so."""
+        self._free[spec.name].append(taken)
+
+    def scratch(self, flat: Shaped[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
+        """Room for a float32 copy of some rows, until the next is asked for."""
+        if self._scratch.numel() < flat.numel():
+            self._scratch = torch.empty(flat.numel())
+        return self._scratch[: flat.numel()].view_as(flat)
+
+
 class _Pending:
     """One site's stored rows of one batch, perhaps still on their way from the device."""
 
-    def __init__(self, spec: SiteSpec, rows: Tensor, stored: Tensor, sequences: IntArray) -> None:
-        self.spec, self.sequences = spec, sequences
+    def __init__(self, spec: SiteSpec, rows: Tensor, sequences: IntArray, room: Room) -> None:
+        self.spec, self.sequences, self.room = spec, sequences, room
         self.extremes: Tensor | None = None
         self.moments: _RawMoments | None = None
         self.arrived: Any = None  # the event that says so, on a GPU
-        if spec.floating and len(rows):
-            self.moments = _raw_moments(stored.flatten(1).float())
-        if stored.is_cuda:
-            if self.moments is not None:
+        measured = spec.floating and len(rows) > 0
+        if rows.is_cuda:
+            # a copy: the model may go on to change its tensor in place
+            stored = rows.to(TORCH_TYPES[spec.dtype], copy=True)
+            if measured:
+                self.moments = _raw_moments(stored.flatten(1))
                 self.extremes = torch.stack(rows.aminmax()).double()
             self._fetch(stored)
         else:
-            self.stored = stored.cpu()
-            if self.moments is not None and not math.isfinite(float(self.moments.norm_sum)):
-                self._look_at(rows)
+            self.taken = room.take(spec, len(rows))
+            self.stored = self.taken[: len(rows)].copy_(rows)
+            if measured:
+                flat = self.stored.flatten(1)
+                self.moments = _raw_moments(flat, room.scratch(flat))
+                if not math.isfinite(float(self.moments.norm_sum)):
+                    self._look_at(rows)
+
+    def give_back(self) -> None:
+        """The rows have been put elsewhere."""
+        if self.arrived is None:
+            self.room.give_back(self.spec, self.taken)
 
     def _look_at(self, rows: Tensor) -> None:
         """The sum of norms is finite only if every stored value is: else find out whether one is not."""
@@ -304,6 +335,12 @@ class Batch:
         fields = {} if self._logprob is None else {LOGPROB: self._logprob.numpy()}
         return Rows({name: pending.finish() for name, pending in self._pending.items()}, fields)
 
+    def give_back(self) -> None:
+        """The rows have been put elsewhere: their memory may be used again, and they must not be looked at."""
+        for pending in self._pending.values():
+            pending.give_back()
+        self._pending = {}
+
 
 @dataclass(frozen=True)
 class _RawMoments:
@@ -331,20 +368,30 @@ class _RawMoments:
 
 def batch_moments(rows: Shaped[Tensor, "rows *shape"]) -> Moments:
     """Mean, centred second moment and norms of some rows, summed in float64."""
-    return _raw_moments(rows.flatten(1).float()).finish(rows) if len(rows) else Moments.empty(tuple(rows.shape[1:]))
+    return _raw_moments(rows.flatten(1)).finish(rows) if len(rows) else Moments.empty(tuple(rows.shape[1:]))
 
 
-def _raw_moments(flat: Float[Tensor, "rows n"]) -> _RawMoments:
+def _raw_moments(flat: Float[Tensor, "rows n"], scratch: Float[Tensor, "rows n"] | None = None) -> _RawMoments:
     """The values are shifted by their mean before they are squared, so that the sums lose no more than the rows' own
-    rounding, without a copy of the batch in float64."""
+    rounding, without a copy of the batch in float64.
+
+    Args:
+        flat: The rows, in any float type; float64 is summed as it is, all others in float32.
+        scratch: Memory for the shifted rows.
+    """
     flat = flat.cpu() if flat.device.type == "mps" else flat  # which has no float64
-    norms = torch.linalg.vector_norm(flat, dim=1).sum(dtype=torch.float64)
-    shift = flat.mean(0)  # [n]
-    centred = flat - shift
+    exact = flat if flat.dtype in (torch.float32, torch.float64) else _float(flat, scratch)
+    norms = torch.linalg.vector_norm(exact, dim=1).sum(dtype=torch.float64)
+    shift = exact.mean(0)  # [n]
+    centred = torch.sub(exact, shift) if scratch is None else torch.sub(exact, shift, out=scratch)
     first = _total(centred)  # [n], near 0
     second = _total(centred.square_())  # [n]
     m2 = (second - first**2 / len(flat)).clamp_(min=0)
     return _RawMoments(shift.double() + first / len(flat), m2, norms)
+
+
+def _float(flat: Float[Tensor, "rows n"], scratch: Float[Tensor, "rows n"] | None) -> Float[Tensor, "rows n"]:
+    return flat.float() if scratch is None else scratch.copy_(flat)
 
 
 def _total(rows: Float[Tensor, "rows n"]) -> Float64[Tensor, " n"]:

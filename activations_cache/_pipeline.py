@@ -132,6 +132,7 @@ def _place(buffer: ShardBuffer, sequences: list[int], batch: Batch) -> None:
             buffer.moments[name].add(moments)
     for name, values in rows.fields.items():
         buffer.put(name, sequences, values)
+    batch.give_back()
 
 
 def _write(job: Job, shard: Shard, buffer: ShardBuffer) -> ShardEntry:

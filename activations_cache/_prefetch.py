@@ -84,11 +84,18 @@ class Filler:
         self.memory = memory
         self.maps = map_all(source, sites) if rows is None else []
 
-    def fill(self, slot: int, order: EpochOrder, number: int) -> Buffer:
-        """Fill one slot with one buffer of an epoch. What the slot held before is gone."""
+    def fill(self, slot: int, order: EpochOrder, number: int, near: bool = False) -> Buffer:
+        """Fill one slot with one buffer of an epoch. What the slot held before is gone.
+
+        Args:
+            slot: The slot.
+            order: The epoch.
+            number: The buffer.
+            near: It is mapped and in the system's cache: the gather brings its pages itself, on all processors.
+        """
         places, counts = self.units.spans(*order.blocks_of(number))
         if self.maps:
-            self._bring(places, counts + self.units.width - 1)
+            self._exchange(places, counts + self.units.width - 1, near)
             return self._point_at(places, counts, order, number)
         rows, held = counts + self.units.width - 1, self._slot(slot)
         done = int(rows.sum())
@@ -110,11 +117,11 @@ class Filler:
         start, stop = order.bounds[number : number + 2].tolist()
         return Buffer(order.epoch, start, stop, tuple(found.words for found in self.maps), tuple(index), numbers)
 
-    def _bring(self, places: IntArray, counts: IntArray) -> None:
+    def _exchange(self, places: IntArray, counts: IntArray, near: bool) -> None:
         """Exchange the pages in memory for those of these runs; what is still drawn from comes back by itself."""
         for spec, found in zip(self.specs, self.maps, strict=True):
             found.release()
-            if not bring(found.pages(places, counts), self.stopped.is_set):
+            if not near and not bring(found.pages(places, counts), self.stopped.is_set):
                 assert isinstance(self.source, ShardSet)  # nothing else is mapped
                 touch(self.source, spec.name, places, counts, self.stopped.is_set)
 
@@ -169,8 +176,9 @@ class Filler:
         waiting = deque[Callable[[], Buffer]]()
         try:
             for count, task in enumerate(tasks):
-                fill = functools.partial(self.fill, count % self.slots, *task)
-                if ahead and not self._is_near(*task):
+                near = self._is_near(*task)
+                fill = functools.partial(self.fill, count % self.slots, *task, near)
+                if ahead and not near:
                     pool = pool or ThreadPoolExecutor(1, thread_name_prefix="activations-cache-prefetch")
                     waiting.append(pool.submit(fill).result)
                 else:
