@@ -1,6 +1,6 @@
-"""Shuffled batches from disk: random blocks of rows into a buffer in RAM, a permutation there, never a row at a time.
+"""Shuffled batches from disk: a permutation of the rows of many random blocks, never a row of the disk at a time.
 
-Reading whole blocks keeps the disk at its sequential speed; the buffer mixes many blocks, and so many sequences.
+Reading whole blocks keeps the disk at its sequential speed; a buffer mixes many blocks, and so many sequences.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Batches(IterableDataset[Batch]):
     cache, in one sequence, at consecutive positions, once per epoch (a run of k such rows has k - n + 1 windows).
     `with_rows=True` appends the row numbers, int64 [batch], or [batch, n] for windows.
 
-    RAM: `buffer_bytes` bounds the buffer that batches are drawn from, those that are filled ahead, their permutations
-    and the memory for conversion, all together; each of 1 + max(prefetch, 1) buffers holds at least one unit. On top
+    RAM: `buffer_bytes` bounds the buffer that batches are drawn from (where shards can be mapped, the pages of its
+    rows, which are the system's cache and no copy), those that are filled ahead, their permutations and the memory for conversion, all together; each of 1 + max(prefetch, 1) buffers holds at least one unit. On top
     come 16 bytes per block of an epoch (64 KiB of rows, less under a small budget), the batch that was handed out, and
     two batches' worth of memory that is used again; for windows, 16 bytes per sequence, and once at the start the
     position and the sequence of every row. Memory of a batch is used again only when nothing refers to it; buffers are
