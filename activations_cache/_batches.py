@@ -49,11 +49,11 @@ class Batches(IterableDataset[Batch]):
 
     RAM: `buffer_bytes` bounds the buffer that batches are drawn from (where shards can be mapped, the pages of its
     rows, which are the system's cache and no copy), those that are filled ahead, their permutations and the memory for
-    conversion, all together; each of 1 + max(prefetch, 1) buffers holds at least one unit. On top come 16 bytes per block
-    of an epoch (64 KiB of rows, less under a small budget), the batch that was handed out, and
-    two batches' worth of memory that is used again; for windows, 16 bytes per sequence, and once at the start the
-    position and the sequence of every row. Memory of a batch is used again only when nothing refers to it; buffers are
-    kept for the next iteration over the same object.
+    conversion, all together; each of 1 + max(prefetch, 1) buffers holds at least one unit. On top come 16 bytes per
+    block of an epoch (64 KiB of rows, less under a small budget), the batch that was handed out, and two batches'
+    worth of memory that is used again; for windows, 16 bytes per sequence, and once at the start the position and the
+    sequence of every row. Memory of a batch is used again only when nothing refers to it; buffers are kept for the
+    next iteration over the same object.
 
     In a `torch.utils.data.DataLoader` (`batch_size=None`, or `loader`) with workers, each worker reads its own run of
     an epoch's batches: together every row once. The workers share `buffer_bytes`, so buffers are smaller, and the
