@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from activations_cache._spool import FlatArray, IdRows, NestedValues, Texts, is_nested
-from activations_cache.columns import plain_scalar
+from activations_cache.columns import lone_surrogate, plain_scalar
 from activations_cache.errors import DataError
 
 FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -322,7 +322,7 @@ class _Reader:
         return f"{row['question']} {row['answer']}"
 
     def _text(self, text: Any) -> None:
-        check_text(text, self.rows, self.source)
+        check_text(text, self.rows, self.source, self.main if self.kind is Mapping else None)
         self.texts.append(text)
 
     def _ids(self, row: Any) -> None:
@@ -363,16 +363,29 @@ def ids_of(row: Any, number: int, source: str) -> npt.NDArray[np.int32]:
     return np.array(plain, np.int32)
 
 
-def check_text(text: Any, number: int, source: str) -> None:
-    """Refuse what is no text, or an empty one.
+def check_text(text: Any, number: int, source: str, column: str | None = None) -> None:
+    """Refuse what is no text, an empty one, or one that UTF-8 cannot encode.
+
+    Args:
+        text: What should be a text.
+        number: Of its row.
+        source: Where the row is from.
+        column: The column that the text is from, empty for question and answer; None where rows have no columns.
 
     Raises:
-        DataError: It is.
+        DataError: It is one of these.
     """
     if not isinstance(text, str):
         raise DataError(f"{source}: the text of row {number} must be a string; got {type(text).__name__}")
     if not text.strip():
         raise DataError(f"{source}: the text of row {number} is empty; remove the row or give it a text")
+    found = lone_surrogate(text)
+    if found is not None:
+        place = "" if column is None else f" (column {column!r})" if column else " (columns 'question' and 'answer')"
+        raise DataError(
+            f"{source}: the text of row {number}{place} holds the lone surrogate {found!r}, which is no character: "
+            "correct or remove the row"
+        )
 
 
 def _checked(documents: Documents) -> Documents:

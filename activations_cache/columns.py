@@ -16,6 +16,9 @@ Scalar = str | int | float | bool
 RESERVED = ("input_ids", "length", "logprob", "mask", "offsets", "position", "sequence", "token")
 
 
+_LEAVE_OUT = "Correct it in the data, or leave the column out by naming the columns to keep with columns="
+
+
 @dataclass(frozen=True)
 class Column:
     """A label column made ready to be stored: one type for all its values.
@@ -38,8 +41,11 @@ def storable_columns(columns: Mapping[str, Sequence[Any]], wanted: Sequence[str]
             not kept then, `unstorable_columns` explains.
 
     Raises:
-        DataError: A wanted column is missing or cannot be stored; a column to keep has a name in `RESERVED`.
+        DataError: A wanted column is missing or cannot be stored; a column to keep has a name in `RESERVED`, or has a
+            lone surrogate in its name or in a value; `wanted` is a text.
     """
+    if isinstance(wanted, str):
+        raise DataError(f"columns must be a list of names; got the text {wanted!r}: pass [{wanted!r}]")
     unknown = [name for name in wanted or () if name not in columns]
     if unknown:
         raise DataError(f"no column {unknown[0]!r} in the data; its columns are {sorted(columns)}")
@@ -47,6 +53,7 @@ def storable_columns(columns: Mapping[str, Sequence[Any]], wanted: Sequence[str]
     for name in columns if wanted is None else wanted:
         if name in RESERVED and (wanted is not None or not _all_nested(columns[name])):
             check_name(name, "columns")
+        _check_characters(name, columns[name])
         column = _column(columns[name]) if _name_fits(name) else None
         if column is None and wanted is not None:
             raise DataError(
@@ -95,7 +102,36 @@ def check_name(name: str, setting: str) -> None:
 
 def _name_fits(name: str) -> bool:
     """Whether HDF5 can take a dataset of this name."""
-    return not ("/" in name or name in ("", ".", "..") or "\0" in name)
+    return not ("/" in name or name in ("", ".", "..") or "\0" in name or lone_surrogate(name) is not None)
+
+
+def lone_surrogate(text: str) -> str | None:
+    """The first half of a surrogate pair without the other: JSON can spell one, UTF-8 and HDF5 cannot hold it."""
+    if text.isascii():
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return text[error.start]
+    return None
+
+
+def _check_characters(name: str, values: Sequence[Any]) -> None:
+    """Refuse a label column that UTF-8 cannot encode: the data are damaged, so that it is not left out silently.
+
+    Raises:
+        DataError: Its name or one of its values holds a lone surrogate.
+    """
+    if _all_nested(values):
+        return
+    if lone_surrogate(name) is not None:
+        raise DataError(f"column {name!r} cannot be stored: {_obstacle(name, values)}. {_LEAVE_OUT}")
+    for number, value in enumerate(values):
+        found = lone_surrogate(value) if isinstance(value, str) else None
+        if found is not None:
+            raise DataError(
+                f"column {name!r}: row {number} holds the lone surrogate {found!r}, which is no character. {_LEAVE_OUT}"
+            )
 
 
 def plain_scalar(value: Any) -> Any:
@@ -107,6 +143,8 @@ def plain_scalar(value: Any) -> Any:
 
 def _obstacle(name: str, values: Sequence[Any]) -> str:
     """Why a column cannot be stored, in words."""
+    if lone_surrogate(name) is not None:
+        return f"its name holds the lone surrogate {lone_surrogate(name)!r}, which is no character"
     if not _name_fits(name):
         return "its name has a '/' or is none that HDF5 takes"
     plain = _scalars(values)

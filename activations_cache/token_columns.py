@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from activations_cache._encode import Encoded
 from activations_cache._spool import FlatArray
-from activations_cache.columns import plain_scalar
+from activations_cache.columns import lone_surrogate, plain_scalar
 from activations_cache.errors import DataError
 
 Kind = Literal["int", "float", "bool", "string"]
@@ -182,6 +182,11 @@ class TokenValues:
     def _stored(self, values: Sequence[Any], number: int) -> npt.NDArray[Any]:
         assert self.kind is not None
         if self.kind == "string":
+            for value in {value for value in values if value is not None and value not in self.codes}:
+                if (found := lone_surrogate(value)) is not None:
+                    raise DataError(
+                        f"column {self.name!r}: row {number} holds the lone surrogate {found!r}, which is no character"
+                    )
             codes = [0 if value is None else self.codes.setdefault(value, len(self.codes)) for value in values]
             return np.array(codes, np.int32)
         none = _NONE if self.kind == "int" else UNLABELLED[self.kind]

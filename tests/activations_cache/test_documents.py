@@ -788,3 +788,55 @@ def test_rows_of_ids_make_tokens():
         Tokens.from_rows([[1], []])
     with pytest.raises(DataError, match="row 0 holds token id 2147483648; ids beyond"):
         Tokens.from_rows([[2**31]])
+
+
+# --- what UTF-8 cannot encode ---------------------------------------------------------------------------------------
+
+LONE = "a\ud800b"
+
+
+@pytest.mark.parametrize(
+    ("data", "place"),
+    [
+        (["fine", LONE], r"the text of row 1 holds"),
+        (Documents(["fine", LONE]), r"the text of row 1 holds"),
+        (({"text": text} for text in ("fine", LONE)), r"the text of row 1 \(column 'text'\) holds"),
+        ([{"question": "q", "answer": LONE}], r"the text of row 0 \(columns 'question' and 'answer'\) holds"),
+    ],
+)
+def test_a_text_with_half_a_surrogate_pair_is_refused(data: Any, place: str):
+    with pytest.raises(DataError, match=place + r" the lone surrogate '\\ud800'"):
+        read_documents(data)
+
+
+def test_a_file_can_spell_half_a_surrogate_pair(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a \\ud83d\\ude00"}\n{"text": "a \\ud83d"}\n')  # a whole pair, and a half
+    with pytest.raises(DataError, match=r"the text of row 1 \(column 'text'\) holds the lone surrogate '\\ud83d'"):
+        read_documents(path)
+    path.write_text('{"text": "a \\ud83d\\ude00"}\n')
+    assert list(read_documents(path).texts or ()) == ["a \U0001f600"]
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_labels_and_names_with_half_a_surrogate_pair_are_refused(chosen: bool):
+    for columns, message in [
+        ({"who": ["x", None, LONE], "n": [1, 2, 3]}, r"column 'who': row 2 holds the lone surrogate '\\ud800'"),
+        ({LONE: [1, 2, 3], "n": [1, 2, 3]}, r"column 'a\\ud800b' cannot be stored: its name holds the lone surrogate"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            storable_columns(columns, list(columns) if chosen else None)
+        assert set(storable_columns(columns, ["n"])) == {"n"}
+
+
+def test_token_columns_with_half_a_surrogate_pair_are_refused():
+    rows = [{"input_ids": [1, 2], "tag": ["x", "y"]}, {"input_ids": [3], "tag": [LONE]}]
+    with pytest.raises(DataError, match=r"column 'tag': row 1 holds the lone surrogate '\\ud800'"):
+        tokenize(None, rows, token_columns=["tag"])
+    with pytest.raises(DataError, match=r"column 'a\\ud800b' cannot be stored: its name holds the lone surrogate"):
+        tokenize(None, [{"input_ids": [1], LONE: [1]}], token_columns=[LONE])
+
+
+def test_the_columns_to_keep_are_a_list():
+    with pytest.raises(DataError, match=r"columns must be a list of names; got the text 'ab': pass \['ab'\]"):
+        storable_columns({"a": [1], "b": [2]}, "ab")
