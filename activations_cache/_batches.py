@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from activations_cache._gather import SCRATCH_BYTES, Outputs, as_tensor, gather_into, gather_rows
 from activations_cache._order import EpochOrder, IntArray, Layout, Units, part_bounds
 from activations_cache._prefetch import Buffer, Filler, Memory
-from activations_cache._shards import Source
+from activations_cache._shards import ShardSet, Source
 from activations_cache.errors import CacheMismatchError, DataError, SiteError
 from activations_cache.store import TORCH_TYPES
 
@@ -47,13 +47,14 @@ class Batches(IterableDataset[Batch]):
     cache, in one sequence, at consecutive positions, once per epoch (a run of k such rows has k - n + 1 windows).
     `with_rows=True` appends the row numbers, int64 [batch], or [batch, n] for windows.
 
-    RAM: `buffer_bytes` bounds the buffer that batches are drawn from (where shards can be mapped, the pages of its
-    rows, which are the system's cache and no copy), those that are filled ahead, their permutations and the memory for
-    conversion, all together; each of 1 + max(prefetch, 1) buffers holds at least one unit. On top come 16 bytes per
-    block of an epoch (64 KiB of rows, less under a small budget), the batch that was handed out, and two batches'
-    worth of memory that is used again; for windows, 16 bytes per sequence, and once at the start the position and the
-    sequence of every row. Memory of a batch is used again only when nothing refers to it; buffers are kept for the
-    next iteration over the same object.
+    RAM: `buffer_bytes` bounds the buffer that batches are drawn from, those that are filled ahead, their permutations
+    and the memory for conversion, all together; each of 1 + max(prefetch, 1) buffers holds at least one unit. Where
+    shards can be mapped, a buffer is no memory of this process but pages of the system's cache; the system maps the
+    neighbours of a page with it, so that more of the process's size may be such pages (RssFile), which it takes back
+    when it needs them. On top come 16 bytes per block of an epoch (64 KiB of rows, less under a small budget), the
+    batch that was handed out, and two batches' worth of memory that is used again; for windows, 16 bytes per sequence,
+    and once at the start the position and the sequence of every row. Memory of a batch is used again only when nothing
+    refers to it; buffers are kept for the next iteration over the same object.
 
     In a `torch.utils.data.DataLoader` (`batch_size=None`, or `loader`) with workers, each worker reads its own run of
     an epoch's batches: together every row once. The workers share `buffer_bytes`, so buffers are smaller, and the
@@ -70,7 +71,7 @@ class Batches(IterableDataset[Batch]):
             order.
         shuffle: False gives the rows in order.
         drop_last: Leave out an epoch's last batch if it is smaller.
-        buffer_bytes: RAM budget. More mixes better.
+        buffer_bytes: RAM budget; see above.
         device: Where the batches go. For CUDA, rows are gathered into pinned memory, copied without waiting in their
             storage type and converted there.
         consecutive: Rows per window; 1 draws single rows.
@@ -190,7 +191,8 @@ class Batches(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         begin, self._begin = self._begin, (0, 0)
-        self._position = begin
+        if isinstance(self.source, ShardSet):
+            self.source.check()
         worker = get_worker_info()
         if worker is None:
             return self._iterate(begin, 0, 1)
@@ -358,6 +360,8 @@ class Batches(IterableDataset[Batch]):
         if other:
             told = ", ".join(f"{name} {theirs.get(name)!r} (here {self._settings[name]!r})" for name in other)
             raise CacheMismatchError(f"the state was taken under other settings: {told}; use those to go on from it")
+        if self.epochs is not None and epoch > self.epochs:
+            raise DataError(f"the state stands in epoch {epoch}, counted from 0; here there are {self.epochs}")
         if batch > 0 and batch >= self.per_epoch:
             raise DataError(f"the state stands at batch {batch} of an epoch that has {self.per_epoch}")
         self._begin = self._position = (epoch, batch)

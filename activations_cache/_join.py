@@ -310,6 +310,9 @@ def concat(*caches: Reader) -> Concat:
             odd = sorted(set(other.sites) ^ set(caches[0].sites))
             raise CacheMismatchError(f"concat needs caches of the same sites; {other!r} differs in {', '.join(odd)}")
     _check_sites(caches)
+    kinds = [(one.manifest["settings"].get("positions"), one.manifest["settings"].get("pool")) for one in caches]
+    if len({pool for _, pool in kinds}) > 1:
+        raise CacheMismatchError("concat needs rows of one kind; some caches hold a row per token, others means")
     columns = _shared([cache.columns for cache in caches])
     token_columns = _shared([cache.token_columns for cache in caches])
     left = {name for cache in caches for name in (*cache.columns, *cache.token_columns)} - {*columns, *token_columns}

@@ -91,7 +91,8 @@ class RowMap:
         first = base + offsets[0] % page
         rows = (total - offsets[0] % page) // row_bytes
         memory: Any = (ctypes.c_uint8 * (rows * row_bytes)).from_address(first)
-        weakref.finalize(memory, _munmap, base, total)  # which lives as long as any tensor over it
+        # the range lives as long as any tensor over it; at exit another thread may still read, and the system unmaps
+        weakref.finalize(memory, _munmap, base, total).atexit = False
         words = torch.from_numpy(np.frombuffer(memory, WORDS[str(size)]).reshape(rows, row_bytes // size))
         begins = [(p + o % page - offsets[0] % page) // row_bytes for p, o in zip(places, offsets, strict=True)]
         return cls(words, source.starts, np.array(begins, np.int64) - source.starts, (base, total))

@@ -7,10 +7,11 @@ and batches are gathered from there. Where it cannot, its rows are copied into m
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,7 @@ from activations_cache._mapping import bring, in_cache, map_all, touch
 from activations_cache._order import EpochOrder, IntArray, Layout, Units, permutation
 from activations_cache._shards import ShardSet, Source
 from activations_cache._spans import read_spans
+from activations_cache.errors import DataError
 from activations_cache.store import NUMPY_TYPES, AnyArray
 
 SAMPLED = 8  # blocks of a buffer that are asked for whether they are in the system's cache
@@ -119,10 +121,11 @@ class Filler:
 
     def _exchange(self, places: IntArray, counts: IntArray, near: bool) -> None:
         """Exchange the pages in memory for those of these runs; what is still drawn from comes back by itself."""
+        assert isinstance(self.source, ShardSet)  # nothing else is mapped
+        self.source.check()  # a file that was cut short would end the process when its pages are touched
         for spec, found in zip(self.specs, self.maps, strict=True):
             found.release()
             if not near and not bring(found.pages(places, counts), self.stopped.is_set):
-                assert isinstance(self.source, ShardSet)  # nothing else is mapped
                 touch(self.source, spec.name, places, counts, self.stopped.is_set)
 
     def _slot(self, slot: int) -> list[AnyArray]:
@@ -173,14 +176,17 @@ class Filler:
         here; closing the iterator ends the thread.
         """
         pool: ThreadPoolExecutor | None = None
-        waiting = deque[Callable[[], Buffer]]()
+        current = os.getpid  # at exit, when a generator that was left is closed, modules may be empty
+        waiting, process = deque[Callable[[], Buffer]](), current()
+        futures: list[Future[Buffer]] = []
         try:
             for count, task in enumerate(tasks):
                 near = self._is_near(*task)
                 fill = functools.partial(self.fill, count % self.slots, *task, near)
                 if ahead and not near:
                     pool = pool or ThreadPoolExecutor(1, thread_name_prefix="activations-cache-prefetch")
-                    waiting.append(pool.submit(fill).result)
+                    futures = [*(future for future in futures if not future.done()), pool.submit(fill)]
+                    waiting.append(functools.partial(_result, futures[-1], process))
                 else:
                     waiting.append(fill)
                 if len(waiting) > ahead:
@@ -189,8 +195,10 @@ class Filler:
                 yield waiting.popleft()()
         finally:
             self.stopped.set()
-            if pool is not None:
-                pool.shutdown(wait=True, cancel_futures=True)
+            for future in futures:
+                future.cancel()
+            if pool is not None and current() == process:
+                pool.shutdown(wait=True)
 
     def _is_near(self, order: EpochOrder, number: int) -> bool:
         """Whether a sample of a buffer's rows is in the system's cache, where they would be drawn from."""
@@ -200,3 +208,14 @@ class Filler:
         places, counts = self.units.spans(*order.blocks_of(number))
         sample = np.linspace(0, len(places) - 1, SAMPLED).astype(np.int64)
         return all(in_cache(self.source, spec.name, (places + counts - 1)[sample]) for spec in self.specs)
+
+
+def _result(future: Future[Buffer], process: int) -> Buffer:
+    """What a fill made, in the process whose thread it is.
+
+    Raises:
+        DataError: The process was forked since; the thread is not in this one.
+    """
+    if os.getpid() != process:
+        raise DataError("this iterator was begun before the process was forked; iterate anew in the child")
+    return future.result()

@@ -144,14 +144,16 @@ def row_numbers(rows: Any, total: int, what: str = "row") -> npt.NDArray[np.int6
     Raises:
         DataError: Something else, a mask of another length, or a number out of range.
     """
-    if not isinstance(rows, Tensor | np.ndarray | list | tuple | range):
+    if isinstance(rows, bool | tuple):
+        raise DataError(f"one index over {what}s was required: a number, a slice, a list or a mask; got {rows!r}")
+    if not isinstance(rows, Tensor | np.ndarray | list | range):
         try:
             rows = operator.index(rows)
         except TypeError:
             kind = type(rows).__name__
             raise DataError(f"{what}s must be integers, a slice, or a boolean mask; got {kind}") from None
     index = np.asarray(rows.cpu().numpy() if isinstance(rows, Tensor) else rows)
-    if index.size == 0:
+    if index.size == 0 and (index.dtype != bool or index.shape == (total,)):
         return np.zeros(index.shape, np.int64)
     if index.dtype == bool:
         if index.shape != (total,):
@@ -191,6 +193,9 @@ class Lazy(Mapping[str, Value]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
+
+    def __repr__(self) -> str:
+        return f"<{', '.join(self._names)}; each read when it is asked for>"
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -308,7 +313,10 @@ class Reader:
 
     def tokens(self, row: int) -> npt.NDArray[np.int32]:
         """Token ids of the whole sequence that a stored row belongs to; the row is at `rows["position"][row]` in it."""
-        number = int(row_numbers(row, len(self)))
+        found = row_numbers(row, len(self))
+        if found.ndim:
+            raise DataError(f"one row number was required; got {row!r}")
+        number = int(found)
         return self._source.token_ids(self._source.sequence_of(number))
 
     def sequence(self, number: int, site: str | Sequence[str] | None = None) -> StoredSequence:
@@ -409,7 +417,7 @@ class Reader:
                 order.
             shuffle: False gives the rows in order.
             drop_last: Leave out an epoch's last batch if it is smaller than the others.
-            buffer_bytes: RAM for the shuffle buffers, 64 MiB by default. More mixes better.
+            buffer_bytes: RAM for the shuffle buffers, 64 MiB by default. See `Batches` for what it bounds.
             device: Where the batches go.
             consecutive: n above 1 gives windows [batch, n, *shape] of n neighbouring positions of one sequence.
             prefetch: Buffers filled ahead by a background thread; False fills when needed.

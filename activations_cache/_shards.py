@@ -126,8 +126,8 @@ def damage(directory: Path, entry: ShardEntry, what: str) -> str:
     last = entry.first_sequence + entry.sequences - 1
     return (
         f"{directory / entry.file} {what}; sequences {entry.first_sequence} to {last} "
-        f"(rows {entry.first_row} to {entry.first_row + entry.rows - 1}) are affected. Restore the file, or delete the "
-        "cache and capture it again"
+        f"(rows {entry.first_row} to {entry.first_row + entry.rows - 1}) are affected. Restore the file, or repair it "
+        f"(ac.repair, `probe cache verify {directory} --repair`)"
     )
 
 
@@ -180,7 +180,20 @@ class ShardReader:
         wrong = check_size(directory, entry)
         if wrong:
             raise self._corrupt(wrong)
+        self._file = self._look()
         self.offsets = self._open(number, identity)
+
+    def _look(self) -> tuple[int, ...]:
+        return _identity(self._lost(self.path.stat))
+
+    @property
+    def changed(self) -> bool:
+        """Whether the file is another than when it was opened.
+
+        Raises:
+            CorruptCacheError: It is gone.
+        """
+        return self._look() != self._file
 
     def _corrupt(self, what: str) -> CorruptCacheError:
         return CorruptCacheError(damage(self.directory, self.entry, what))
@@ -225,6 +238,8 @@ class ShardReader:
         position = self.offsets[site] + start * self.specs[site].row_bytes
         handle = self._lost(lambda: os.open(self.path, os.O_RDONLY))
         try:
+            if _identity(os.fstat(handle)) != self._file:
+                raise self._corrupt("was changed since the cache was opened")
             done = 0
             while done < len(view):
                 count = os.preadv(handle, [view[done:]], position + done)
@@ -262,6 +277,8 @@ class ShardReader:
             spec = self.specs[site]
             shape = (self.entry.rows, *spec.shape)
             kind, offset = NUMPY_TYPES[spec.dtype], self.offsets[site]
+            if self.changed:
+                raise self._corrupt("was changed since the cache was opened")
             self._maps[site] = self._lost(lambda: np.memmap(self.path, kind, "r", offset, shape))
         return np.asarray(self._maps[site][rows])
 
@@ -306,6 +323,11 @@ class ShardReader:
         return self._starts
 
 
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    """What tells one file from another of the same name."""
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def _filters(dataset: h5py.Dataset) -> tuple[int, ...]:
     properties = dataset.id.get_create_plist()
     return tuple(int(properties.get_filter(n)[0]) for n in range(properties.get_nfilters()))
@@ -345,6 +367,17 @@ class ShardSet:
     def __getstate__(self) -> dict[str, Any]:
         """Without open files and memory maps: another process opens its own."""
         return {**self.__dict__, "_open": {}, "_handles": Handles()}
+
+    def check(self) -> None:
+        """Look whether the files that were opened are still those.
+
+        Raises:
+            CorruptCacheError: One is gone, cut short, or another shard.
+        """
+        for number in list(self._open):
+            if self._open[number].changed:
+                del self._open[number]
+                self[number]
 
     def __getitem__(self, number: int) -> ShardReader:
         if number not in self._open:

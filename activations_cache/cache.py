@@ -130,9 +130,9 @@ def open(path: str | Path, check: bool = True) -> Cache:
     Warns:
         UserWarning: The cache is unfinished, or its index.h5 was stale and could not be rebuilt.
     """
-    directory = Path(path)
+    directory = Path(path).absolute()  # so that a change of the working directory changes nothing
     if not directory.is_dir():
-        raise CacheError(f"no activations cache at {directory}: there is no such directory")
+        raise CacheError(f"no activations cache at {path}: there is no such directory")
     manifest = read_manifest(directory)
     cache = Cache(directory, manifest)
     if check:

@@ -118,6 +118,8 @@ def _check_config(architecture: str, d_sae: int, k: int, batch_size: int, lr: fl
 
 
 def _count(rows: Any) -> int:
+    if isinstance(rows, slice):
+        raise SAEDataError("rows must be row numbers or a mask; for a part of a cache pass cache.select(rows=...)")
     index = torch.as_tensor(rows)
     return int(index.sum()) if index.dtype == torch.bool else index.numel()
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 
 from activations_cache._mapping import RowMap, _places, bring, in_cache, touch
 from activations_cache.cache import Cache
+from activations_cache.errors import CorruptCacheError, DataError
 from tests.activations_cache.caches import RESID, small, token_rows
 
 SITE = "blocks.1.hook_resid_post"
@@ -99,3 +103,40 @@ def test_maps_are_given_back(cache: Cache):
     del batches
     gc.collect()
     assert held() == before
+
+
+def test_a_shard_that_was_exchanged_is_noticed(tmp_path: Path):
+    cache = small(tmp_path / "acts", token_rows(60), shard_rows=30)
+    batches = cache.batches(SITE, 16)
+    assert sum(len(batch) for batch in batches) == len(cache)
+    shutil.copy(cache.path / "shard-00002.h5", cache.path / "shard-00003.h5")
+    with pytest.raises(CorruptCacheError, match="shard-00003"):
+        list(batches)
+    with pytest.raises(CorruptCacheError, match="shard-00003"):
+        cache[SITE][:]
+
+
+def test_a_forked_child_is_told_to_iterate_anew(cache: Cache):
+    view = cache.select(sequences=slice(0, 50))  # which is read by a thread
+    batches = iter(view.batches(SITE, 4, buffer_bytes=4096))
+    next(batches)
+    child = os.fork()
+    if child == 0:
+        try:
+            for _ in batches:
+                pass
+        except DataError as error:
+            os._exit(7 if "forked" in str(error) else 1)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_an_iterator_that_is_left_at_exit_says_nothing(cache: Cache):
+    script = (
+        "import sys, activations_cache as ac\n"
+        f"cache = ac.open({str(cache.path)!r}).select(sequences=slice(0, 50))\n"
+        f"it = iter(cache.batches({SITE!r}, 4, buffer_bytes=4096)); next(it)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (0, "")

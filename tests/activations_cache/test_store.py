@@ -124,7 +124,6 @@ def test_rows_by_slice_number_list_and_mask(made: Path):
         -1,
         np.int64(3),
         [5, 2, 2, -1],
-        (1, 2),
         range(4),
         np.array([[1, 2], [3, 4]]),
         torch.tensor([7, 1]),
@@ -133,6 +132,9 @@ def test_rows_by_slice_number_list_and_mask(made: Path):
     for key in keys:
         numpy_key = np.asarray(key) if isinstance(key, tuple | range | torch.Tensor) else key
         assert np.array_equal(view[key].numpy(), plain[numpy_key]), key
+    for wrong in ((1, 2), (slice(0, 2), 3), True, np.zeros(0, bool)):  # numpy's meanings of these are none of a row's
+        with pytest.raises(DataError):
+            view[wrong]
     assert view[[]].shape == (0, 32)
     assert torch.equal(view[torch.from_numpy(mask)], view[mask])
 
