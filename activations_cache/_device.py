@@ -57,14 +57,20 @@ def move(hf: Any, device: torch.device | str) -> None:
     """Put a model on a device.
 
     Raises:
-        ModelError: accelerate has spread its weights over devices.
+        ModelError: accelerate has spread its weights over devices; there is no such device, or no memory on it.
     """
     if is_dispatched(hf):
         raise ModelError(
             f"device={str(device)!r} cannot be given for a model that was loaded with a device_map or is offloaded: "
             f"its weights are spread already (its input goes to {input_device(hf)}). Leave out `device`."
         )
-    hf.to(device)
+    try:
+        hf.to(device)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:  # torch raises each of these
+        raise ModelError(
+            f"the model cannot be moved to device={device!r}: {error}. Give a device that this machine has, such as "
+            '"cpu", or leave out `device`.'
+        ) from error
 
 
 def _device(device: Any) -> torch.device:

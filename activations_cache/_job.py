@@ -54,7 +54,9 @@ from activations_cache.store import (
     json_digest,
     read_manifest,
 )
+from activations_cache.tokens import check_count
 
+COUNTS = ("batch_tokens", "shard_rows", "n_tokens", "max_length")
 StorageTypes = str | torch.dtype | Mapping[str, str | torch.dtype] | None
 
 
@@ -136,6 +138,7 @@ def prepare(asked: Request) -> Job:
         ModelError: A model whose sites cannot be named.
     """
     hf, catalogue = hashing.hf_model(asked.model), site_catalogue.Sites(asked.model)
+    check_counts({name: getattr(asked, name) for name in COUNTS})
     if asked.compression not in (None, "gzip", "lzf"):
         raise DataError(f"compression must be None, 'gzip' or 'lzf'; got {asked.compression!r}")
     tokenizer = getattr(asked.model, "tokenizer", None) if asked.tokenizer is None else asked.tokenizer
@@ -174,6 +177,36 @@ def prepare(asked: Request) -> Job:
     return Job(hf, tokens, selection, columns, specs, plan, manifest, asked.out, dropped)
 
 
+def check_counts(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that must be numbers of things and are none.
+
+    Raises:
+        DataError: One of those in `COUNTS` is no integer of 1 or above, nor None where None is allowed.
+    """
+    if "batch_tokens" in settings and settings["batch_tokens"] is None:
+        raise DataError("batch_tokens must be an integer; got None")
+    for name in COUNTS:
+        check_count(name, settings.get(name))
+
+
+def cacheable_sites(catalogue: Any, patterns: str | Sequence[str]) -> list[Any]:
+    """The sites to capture, in forward order. A pattern passes over those that have no row per token.
+
+    Raises:
+        SiteError: An unknown site; one without a row per token that is named in full; a pattern that fits no other.
+    """
+    for item in [patterns] if isinstance(patterns, str | site_catalogue.Site) else patterns:
+        found = catalogue.resolve(item)
+        if any(site.cacheable for site in found):
+            continue
+        if "*" in str(item):
+            raise SiteError(
+                f"{item!r} fits only sites that have no row per token and cannot be cached ({found[0].name})"
+            )
+        raise SiteError(f"{found[0].name} has no row per token and cannot be cached; read it with sites.run")
+    return [site for site in catalogue.resolve(patterns) if site.cacheable]
+
+
 def _tokens(asked: Request, tokenizer: Any, max_length: int) -> Tokens:
     documents = read_documents(asked.data, asked.text_column)
     return tokenize(
@@ -210,7 +243,7 @@ def _check_ids(tokens: Tokens, d_vocab: int) -> None:
 
 def _specs(asked: Request, catalogue: Any, hf: Any) -> tuple[SiteSpec, ...]:
     """The sites and how each is stored. In a mapping of patterns to types, the last pattern that fits decides."""
-    sites = catalogue.resolve(asked.sites)
+    sites = cacheable_sites(catalogue, asked.sites)
     types = asked.dtype if isinstance(asked.dtype, Mapping) else {"*": asked.dtype}
     names = {site.name: (site.name, *site.aliases) for site in sites}
     for pattern in types:
@@ -241,8 +274,6 @@ def _storage(dtype: str | torch.dtype | None, hf: Any) -> Storage:
 
 
 def _spec(site: Any, dtype: Storage, n_experts: int | None) -> SiteSpec:
-    if not site.cacheable:
-        raise SiteError(f"{site.name} has no row per token and cannot be cached; read it with sites.run")
     if site.integer:
         dtype = "int16" if n_experts is not None and n_experts < 2**15 else "int32"
     return SiteSpec(site.name, dtype, tuple(site.shape), tuple(site.aliases), site.kind, site.layer)
@@ -418,8 +449,8 @@ def check_bytes(job: Job, held: Mapping[str, Any], progress: bool) -> None:
         problem = _verify.verify_shard(job.out, ShardEntry(**raw), list(job.specs), held["identity"])
         if problem is not None:
             raise CorruptCacheError(
-                f"{job.out / problem.file} {problem.described}. Restore the file, or delete the cache and capture it "
-                "again"
+                f"{job.out / problem.file} {problem.described}. Restore the file, or repair it (ac.repair, "
+                f"`probe cache verify {job.out} --repair`)"
             )
 
 

@@ -33,9 +33,10 @@ from activations_cache._generation_parallel import run_shared
 from activations_cache._generation_plan import Asked, Plan, check_settings, prepare, strings
 from activations_cache._generation_run import run_in_folder, run_in_memory
 from activations_cache._generations import FOLDER, Generation, Generations
+from activations_cache._job import cacheable_sites, check_counts
 from activations_cache._parallel import world
 from activations_cache.cache import Cache
-from activations_cache.errors import CacheError, DataError, SiteError
+from activations_cache.errors import CacheError, DataError
 
 __all__ = ["Generation", "Generations", "capture_generation", "generate"]
 
@@ -130,6 +131,7 @@ def generate(
         chosen = (max_new_tokens, do_sample, float(temperature), float(top_p), top_k, seed)
         decoding = Decoding(*chosen, eos=(), stop_strings=strings(stop_strings))
         check_settings(decoding, n_samples, batch_tokens)
+        check_counts({"batch_tokens": batch_tokens, "max_length": max_length})
         if device is not None:
             move(hashing.hf_model(model), device)
         asked = Asked(model, tokenizer, prompts, decoding, n_samples, eos, batch_tokens, max_length, bos, chat)
@@ -209,7 +211,7 @@ def capture_generation(
         DataError, SiteError, ModelError, NumericsError, CacheError: As `generate` and `capture`. Unknown sites and
             positions are found before anything is generated.
     """
-    _check_capture(model, sites, positions, capture_settings)
+    _check_capture(model, sites, positions, capture_settings | {"max_length": max_length, "batch_tokens": batch_tokens})
     place = Path(out)
     _check_place(place, resume)
     made = generate(
@@ -240,9 +242,8 @@ def _check_capture(model: Any, sites: str | Sequence[str], positions: Any, setti
     own = sorted({"data", "columns", "token_columns", "overflow", "n_tokens"} & set(settings))
     if own:
         raise DataError(f"{', '.join(own)} cannot be given: capture_generation sets it from what was generated")
-    for site in site_catalogue.Sites(model).resolve(sites):
-        if not site.cacheable:
-            raise SiteError(f"{site.name} has no row per token and cannot be cached; read it with sites.run")
+    check_counts(settings)
+    cacheable_sites(site_catalogue.Sites(model), sites)
 
 
 def _check_place(out: Path, resume: bool) -> None:

@@ -155,11 +155,22 @@ def _check_settings(
         raise DataError(f"overflow must be 'truncate', 'error' or 'split'; got {overflow!r}")
     if documents.input_ids is not None and (bos is not None or chat):
         raise DataError("bos= and chat= apply to texts; the data holds token ids, which are taken as they are")
-    least = 2 if overflow == "split" and bos else 1
-    if max_length is not None and max_length < least:
-        raise DataError(f"max_length must be at least {least}; got {max_length}")
-    if n_tokens is not None and n_tokens < 1:
-        raise DataError(f"n_tokens must be at least 1; got {n_tokens}")
+    check_count("max_length", max_length, least=2 if overflow == "split" and bos else 1)
+    check_count("n_tokens", n_tokens)
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Refuse a setting that is no number of things; None, where nothing was asked for, passes.
+
+    Raises:
+        DataError: It is no integer (True and 8.0 are none either), or less than `least`.
+    """
+    if value is None:
+        return
+    if type(value) is not int:
+        raise DataError(f"{name} must be an integer; got {value!r}, which is {type(value).__name__}")
+    if value < least:
+        raise DataError(f"{name} must be at least {least}; got {value}")
 
 
 def _wanted(documents: Documents, names: Sequence[str] | None, positions: str | None) -> dict[str, Sequence[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import resource
 import signal
 import warnings
@@ -393,6 +394,12 @@ def test_a_resume_under_another_version_warns(tmp_path: Path, monkeypatch: pytes
         ({"sites": "blocks.7.hook_resid_post"}, SiteError, "blocks.7"),
         ({"sites": "blocks.0.hook_resid_pots"}, SiteError, "blocks.0.hook_resid_post"),
         ({"sites": "blocks.0.attn.hook_pattern"}, SiteError, "has no row per token and cannot be cached"),
+        ({"sites": "*.attn.hook_pattern"}, SiteError, "fits only sites that have no row per token"),
+        ({"sites": ["hook_embed", "*hook_pattern"]}, SiteError, "'[*]hook_pattern' fits only sites that have no row"),
+        ({"sites": ["*", "blocks.0.attn.hook_pattern"]}, SiteError, "has no row per token and cannot be cached"),
+        ({"columns": "ab"}, DataError, "columns must be a list of names; got the text 'ab'"),
+        ({"batch_tokens": None}, DataError, "batch_tokens must be an integer; got None"),
+        ({"device": "nope"}, ModelError, "the model cannot be moved to device='nope'"),
         ({"model": torch.nn.Linear(2, 2)}, ModelError, "Hugging Face model"),
     ],
 )
@@ -402,6 +409,40 @@ def test_bad_requests_are_refused_before_anything_is_written(
     with pytest.raises(error, match=message):
         small(tmp_path / "acts", **settings)
     assert not (tmp_path / "acts").exists()
+
+
+@pytest.mark.parametrize("name", ["batch_tokens", "shard_rows", "n_tokens", "max_length"])
+@pytest.mark.parametrize("value", [True, 8.0, "8", [8], 0, -1])
+def test_settings_that_count_something_are_integers(name: str, value: Any, tmp_path: Path):
+    with pytest.raises(DataError, match=rf"{name} must be (an integer|at least 1); got {re.escape(repr(value))}"):
+        small(tmp_path / "acts", **{name: value})
+    assert not (tmp_path / "acts").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path):
+    with pytest.raises(ModelError, match="the model cannot be moved to device='cuda'"):
+        small(tmp_path / "acts", device="cuda")
+    assert not (tmp_path / "acts").exists()
+
+
+@pytest.mark.parametrize("pattern", ["*", "blocks.0.*"])
+def test_a_pattern_passes_over_sites_without_rows(pattern: str, tmp_path: Path):
+    fits = sites.Sites(llama()).resolve(pattern)
+    assert any(not site.cacheable for site in fits)
+    cache = small(tmp_path / "acts", sites=pattern)
+    assert list(cache.sites) == [site.name for site in fits if not site.name.endswith("hook_pattern")]
+    assert conformance.failures(cache.path) == []
+
+
+def test_what_utf8_cannot_encode_is_refused_before_anything_is_written(tmp_path: Path):
+    for row, message in [
+        ({"who": "a\ud800"}, "column 'who': row 1 holds the lone surrogate"),
+        ({"a\ud800": 1}, "its name holds the lone surrogate"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            small(tmp_path / "acts", [{"input_ids": [5, 6]}, {"input_ids": [7], **row}])
+        assert not (tmp_path / "acts").exists()
 
 
 def test_a_column_that_would_hide_behind_a_field_of_the_cache_is_refused(tmp_path: Path):

@@ -225,6 +225,13 @@ def test_what_a_capture_would_refuse_is_found_first(model: Any, tmp_path: Path, 
         caught(model, out, sites="blocks.0.attn.hook_pattern")
     with pytest.raises(DataError, match="positions must be"):
         caught(model, out, positions="answer")
+    for wrong in ({"columns": "ab"}, {"shard_rows": 8.0}, {"max_length": True}, {"batch_tokens": True}):
+        with pytest.raises(DataError, match=f"{next(iter(wrong))} must be"):
+            caught(model, out, **wrong)
+    with pytest.raises(DataError, match="columns must be a list of names; got the text 'ab'"):
+        ac.generate(model, [[3]], columns="ab")
+    with pytest.raises(DataError, match="max_length must be an integer"):
+        ac.generate(model, [[3]], max_length=9.5)
     with pytest.raises(DataError, match="overflow"):
         caught(model, out, overflow="split")
     with pytest.raises(DataError, match="max_new_tokens"):
