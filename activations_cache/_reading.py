@@ -196,28 +196,48 @@ def _read_table(path: Path, separator: str, text_column: str) -> Iterator[Any]:
     try:
         names = pd.read_csv(path, sep=separator, nrows=0).columns
         texts = TURNS if text_column not in names and set(TURNS) <= set(names) else (text_column,)
-        types = _table_types(path, separator, dict.fromkeys(texts, str))
-        with pd.read_csv(path, sep=separator, dtype=types, keep_default_na=False, chunksize=CHUNK_ROWS) as frames:
+        types = _table_types(path, separator, names, dict.fromkeys(texts, str))
+        gaps: Any = {name: [""] for name, kind in types.items() if kind is not str and np.dtype(kind).kind == "f"}
+        with pd.read_csv(
+            path, sep=separator, dtype=types, keep_default_na=False, na_values=gaps, chunksize=CHUNK_ROWS
+        ) as frames:
             for frame in frames:
                 yield from frame.to_dict("records")
     except (pd.errors.EmptyDataError, pd.errors.ParserError) as error:
         raise DataError(f"{path} could not be read as a table: {error}") from error
 
 
-def _table_types(path: Path, separator: str, known: Mapping[str, Any]) -> dict[str, Any]:
-    """The type of each column over the whole table, of which one part may look like numbers and another not."""
+def _table_types(path: Path, separator: str, names: Iterable[str], known: Mapping[str, Any]) -> dict[str, Any]:
+    """The type of each column over the whole table, of which one part may look like numbers and another not.
+
+    An empty cell among numbers is a missing number, so that they are floats; among anything else it is an empty text.
+    """
     import pandas as pd
 
     found: dict[str, Any] = {}
+    empty = set[str]()  # columns with a part of the table in which they have no value: it could be of any type
+    gaps: Any = {name: [""] for name in names if name not in known}
     with pd.read_csv(
-        path, sep=separator, dtype=dict(known), keep_default_na=False, low_memory=False, chunksize=16 * CHUNK_ROWS
-    ) as frames:
+        path, sep=separator, dtype=dict(known), keep_default_na=False, na_values=gaps, low_memory=False,
+        chunksize=16 * CHUNK_ROWS,
+    ) as frames:  # fmt: skip
         for frame in frames:
-            for name, kind in zip(map(str, frame.columns), frame.dtypes, strict=True):
-                held = found.setdefault(name, kind)
-                if held != kind:
-                    found[name] = np.dtype(np.float64) if {held.kind, kind.kind} == {"i", "f"} else str
-    return {**found, **known}
+            for name, column in frame.items():
+                if column.isna().all():
+                    empty.add(str(name))
+                    continue
+                kind = column.dtype if column.dtype.kind in "biuf" else str
+                found[str(name)] = _wider(found.get(str(name), kind), kind)
+    for name in empty & set(found):
+        found[name] = _wider(found[name], np.dtype(np.float64))
+    return {**dict.fromkeys(names, str), **found, **known}
+
+
+def _wider(held: Any, kind: Any) -> Any:
+    """The type of a column whose parts have these types: numbers stay numbers, anything else is text."""
+    if held is str or kind is str or held == kind:
+        return str if str in (held, kind) else kind
+    return np.dtype(np.float64) if {held.kind, kind.kind} == {"i", "f"} else str
 
 
 # --- rows into documents --------------------------------------------------------------------------------------------

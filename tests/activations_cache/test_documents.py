@@ -401,6 +401,37 @@ def test_a_table_has_one_type_per_column_however_long(tmp_path: Path, monkeypatc
     assert read.columns["mixed"] == mixed
 
 
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_an_empty_cell_among_numbers_is_a_missing_number(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    table = "text,n,x,who,flag,none,late,code\n1,1,0.5,p,True,,,7\n2,,,,,,,8\nNA,3,2,q,False,,,9\n4,4,2,q,True,,5,NA\n"
+    (tmp_path / f"a.{kind}").write_text(table.replace(",", "\t" if kind == "tsv" else ","))
+    for rows in (_reading.CHUNK_ROWS, 1):
+        monkeypatch.setattr(_reading, "CHUNK_ROWS", rows)
+        read = read_documents(tmp_path / f"a.{kind}")
+        assert list(read.texts or ()) == ["1", "2", "NA", "4"]
+        columns = storable_columns(read.columns)
+        for name, expected in {"n": [1, None, 3, 4], "x": [0.5, None, 2, 2], "late": [None, None, None, 5]}.items():
+            assert columns[name].kind == "float"
+            assert [None if np.isnan(value) else value for value in columns[name].values] == expected
+        strings = {"who": ["p", "", "q", "q"], "none": [""] * 4, "code": ["7", "8", "9", "NA"]}
+        strings["flag"] = ["True", "", "False", "True"]
+        for name, expected in strings.items():
+            assert (columns[name].kind, columns[name].values) == ("string", expected)
+
+
+def test_a_part_of_a_table_without_values_decides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_reading, "CHUNK_ROWS", 1)  # types are found over parts of 16 rows
+    cells = {"who": [""] * 16 + ["p"] * 16, "n": [""] * 16 + ["1"] * 16, "m": ["1"] * 16 + ["", "2"] * 8}
+    cells |= {"flag": ["True"] * 16 + [""] * 16}
+    pd.DataFrame({"text": ["t"] * 32, **cells}).to_csv(tmp_path / "a.csv", index=False)
+    columns = storable_columns(read_documents(tmp_path / "a.csv").columns)
+    for name in ("who", "flag"):
+        assert (columns[name].kind, columns[name].values) == ("string", cells[name])
+    for name in ("n", "m"):
+        assert columns[name].kind == "float"
+        assert ["" if np.isnan(value) else str(int(value)) for value in columns[name].values] == cells[name]
+
+
 def test_an_index_of_a_parquet_file_is_no_column(tmp_path: Path):
     pd.DataFrame(ROWS, index=["p", "q"]).to_parquet(tmp_path / "a.parquet")
     assert list(read_documents(tmp_path / "a.parquet").columns) == ["label", "who"]
