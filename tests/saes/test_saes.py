@@ -42,7 +42,7 @@ def fit(cache: ac.Cache, **settings: Any) -> Any:
 @pytest.fixture(scope="module")
 def trained(world: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     out = tmp_path_factory.mktemp("saved") / "sae"
-    return fit(world[0], out=out), out
+    return fit(world[0], out=out, seed=1), out
 
 
 def test_topk_finds_the_planted_features(world: Any, trained: Any) -> None:
