@@ -79,7 +79,8 @@ def capture(
             with `question` and `answer`; "mask", those that the rows' column `mask` marks; or one entry per sequence: a
             boolean mask over its tokens, a slice or range, or a list of positions. The token ids of whole sequences
             are kept in any case.
-        pool: "mean" stores one row per sequence, the mean over its stored positions (in float32).
+        pool: "mean" stores one row per sequence, the mean over its stored positions (in float32). Token columns then
+            hold the value of the last of these positions.
         dtype: Storage type of float sites: "float16", "bfloat16" or "float32"; None takes the model's own, which loses
             nothing. A mapping of site patterns to types gives each site its own; the last pattern that fits decides.
             Integer sites (chosen experts) are stored as integers.
@@ -95,7 +96,8 @@ def capture(
             fields: rename it, or leave it out by naming the others here.
         token_columns: Columns that hold a value per token, stored beside the rows.
         logprobs: Store each row's log p(token | all before it) of the model too, in nats, as `rows["logprob"]`. The
-            forward then runs to its end.
+            forward then runs to its end. Under pool="mean" it is the mean over the stored positions without the
+            sequence's first token; NaN if there is no other.
         compression: "gzip" or "lzf" compresses the sites: a little smaller, much slower to write and to read. None
             stores them as they are.
         text_column: The column of the data that holds the text.
