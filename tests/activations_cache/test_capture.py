@@ -357,7 +357,7 @@ def test_an_altered_byte_is_found_before_a_cache_is_gone_on_with(
     flip(out / "shard-00000.h5", dataset)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     forbid_forward(monkeypatch)
-    with pytest.raises(CorruptCacheError, match=r"shard-00000.h5 has altered bytes.*capture it"):
+    with pytest.raises(CorruptCacheError, match=r"shard-00000.h5 has altered bytes.*repair it"):
         small(out)
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
     with warnings.catch_warnings():
