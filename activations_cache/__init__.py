@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from activations_cache._join import concat, join
     from activations_cache._ray import capture_ray
     from activations_cache._repair import repair
+    from activations_cache._verify import verify
     from activations_cache.cache import Cache, open
     from activations_cache.documents import Documents, Tokens, read_documents, tokenize
     from activations_cache.generation import capture_generation, generate
@@ -48,6 +49,7 @@ __all__ = [
     "repair",
     "sites",
     "tokenize",
+    "verify",
 ]
 
 __getattr__, __dir__ = lazy(
@@ -68,6 +70,7 @@ __getattr__, __dir__ = lazy(
         "read_documents": "documents",
         "repair": "_repair",
         "tokenize": "documents",
+        "verify": "_verify",
     },
     modules=("conformance", "errors", "hashing", "sites"),
 )

@@ -20,6 +20,8 @@ from activations_cache.store import _digest_is_right as digest_is_right
 
 Kind = Literal["missing", "size", "altered", "foreign", "index"]
 SHOWN_RANGES = 6
+NO_INDEX = "is missing; opening the cache writes it again"
+OLD_INDEX = "is not the manifest's; opening the cache replaces it"
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def verify(directory: str | Path, progress: bool = False) -> list[Problem]:
 
     Returns:
         What is wrong; nothing if all is well. Files that the manifest does not name are no part of the cache, and no
-        problem.
+        problem; neither is an index.h5 that an unfinished cache does not have yet, or has of an earlier state.
 
     Raises:
         CorruptCacheError: The manifest itself cannot be read, or a byte of it is not as it was written.
@@ -122,7 +124,7 @@ def verify(directory: str | Path, progress: bool = False) -> list[Problem]:
     # An index is compared with one made afresh, which takes the lengths of the sequences from the shards.
     if not problems or not (directory / INDEX).is_file():
         wrong = index_damage(directory, manifest)
-        if wrong is not None:
+        if wrong is not None and (manifest["finished"] or wrong not in (NO_INDEX, OLD_INDEX)):
             problems.append(Problem(INDEX, "index", wrong))
     if (directory / FOLDER / MANIFEST).exists():
         problems += _generation_problems(directory / FOLDER)
@@ -189,7 +191,7 @@ def index_damage(directory: Path, manifest: Mapping[str, Any]) -> str | None:
     """
     path = directory / INDEX
     if not path.is_file():
-        return "is missing; opening the cache writes it again"
+        return NO_INDEX
     with TemporaryDirectory() as folder:
         fresh = Path(folder) / INDEX
         _index._write(fresh, directory, manifest)
@@ -198,7 +200,7 @@ def index_damage(directory: Path, manifest: Mapping[str, Any]) -> str | None:
         same_size = fresh.stat().st_size == path.stat().st_size
     found = index_apart(directory, path.stat().st_size)
     if found.get("manifest") != _index.index_digest(manifest) or found.get("finished") != manifest["finished"]:
-        return "is not the manifest's; opening the cache replaces it"
+        return OLD_INDEX
     captured_by = f"h5py {manifest.get('libraries', {}).get('h5py')}, "
     by_another = not same_size or (found["writer"] != _index.WRITER and found["writer"].startswith(captured_by))
     if by_another and not found["broken"]:

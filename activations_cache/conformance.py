@@ -20,6 +20,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import numpy.typing as npt
 
 from activations_cache.errors import ConformanceError
 
-Requirement = Callable[[Path], None]
+Requirement = Callable[[str | Path], None]
 REQUIREMENTS: dict[str, Requirement] = {}
 
 BLOCK_BYTES = 2**24
@@ -51,12 +52,16 @@ RESERVED = {"input_ids", "length", "logprob", "mask", "offsets", "position", "se
 ROW_TYPES = {**COLUMN_TYPES, "string": "<i4"}  # per token, strings are numbers of their category
 
 
-def requirement(name: str) -> Callable[[Requirement], Requirement]:
+def requirement(name: str) -> Callable[[Callable[[Path], None]], Requirement]:
     """Register a function as the check of the requirement `name` (its number in the specification)."""
 
-    def add(function: Requirement) -> Requirement:
-        REQUIREMENTS[name] = function
-        return function
+    def add(function: Callable[[Path], None]) -> Requirement:
+        @wraps(function)
+        def check(directory: str | Path) -> None:
+            function(Path(directory))
+
+        REQUIREMENTS[name] = check
+        return check
 
     return add
 
@@ -66,7 +71,7 @@ def failures(directory: str | Path) -> list[str]:
     found = []
     for name, check in REQUIREMENTS.items():
         try:
-            check(Path(directory))
+            check(directory)
         except ConformanceError as error:
             found.append(f"{name}: {error}")
         except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:

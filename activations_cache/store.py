@@ -465,7 +465,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             f"{path} has format version {manifest.get('version')!r}; this package reads version {VERSION}"
         )
     if not _digest_is_right(raw):
-        raise CorruptCacheError(f"{path} was altered after it was written (its digest is wrong); restore it")
+        raise CorruptCacheError(
+            f"{path} was altered after it was written (its digest is wrong). This does not touch the shards: a copy of "
+            f"{MANIFEST} restores the cache"
+        )
     missing = [name for name in REQUIRED if name not in manifest]
     if missing:
         raise CorruptCacheError(f"{path} lacks {', '.join(missing)}; the cache must be captured again")

@@ -45,6 +45,8 @@ def _guarded(arguments: argparse.Namespace) -> int:
         if arguments.debug or not _expected(error):
             raise
         print(f"probe: error: {_in_flags(' '.join(str(error).split()))}", file=sys.stderr)
+        for note in getattr(error, "__notes__", ()):
+            print(f"probe: note: {_in_flags(' '.join(note.split()))}", file=sys.stderr)
         return 2
 
 
@@ -65,6 +67,7 @@ def _note(
 _FLAGS = {
     "overwrite=True": "--overwrite",
     "resume=False": "--no-resume",
+    "the same capture with resume=True": "the same command",
     "chat=False": "no --chat",
     'overflow="truncate"': "--overflow truncate",
     "overflow='truncate'": "--overflow truncate",
@@ -233,7 +236,7 @@ def _add_generate(commands: Any) -> None:
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated")
     made.add_argument("--no-eos", action="store_true", help="go on after an end-of-sequence token")
-    made.add_argument("--positions", choices=("all", "generated", "prompt", "last"), default="all")
+    made.add_argument("--positions", choices=("all", "generated", "prompt", "last"), help="default: all")
     made.add_argument("--pool", choices=("mean",), help="one row per sequence: the mean over these positions")
     made.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="storage type (default: the model's)")
     made.add_argument("--batch-tokens", type=int, default=8192, metavar="N")
@@ -468,14 +471,24 @@ def _generate(a: argparse.Namespace) -> int:
         "batch_tokens": a.batch_tokens, "max_length": a.max_length, "text_column": a.text_column, "bos": a.bos,
         "chat": a.chat, "resume": not a.no_resume, "columns": a.columns, "progress": _bars(),
     }  # fmt: skip
+    stored = {"positions": a.positions, "pool": a.pool, "dtype": a.dtype, "shard_rows": a.shard_rows}
     if not a.site:
+        _refuse_without_site(stored)
         print(ac.generate(_load(a), a.data, out=a.out / "generations", **settings))
         return 0
-    stored = {"positions": a.positions, "pool": a.pool, "dtype": a.dtype, "shard_rows": a.shard_rows}
+    stored["positions"] = a.positions or "all"
     cache = ac.capture_generation(_load(a), a.data, a.site, a.out, **settings, **stored)
     print(ac.Generations.load(a.out))
     print(cache.info())
     return 0
+
+
+def _refuse_without_site(stored: dict[str, Any]) -> None:
+    from probe.errors import ProbeError
+
+    given = ", ".join(f"--{name.replace('_', '-')}" for name, value in stored.items() if value is not None)
+    if given:
+        raise ProbeError(f"{given}: of no effect without --site, which says whose activations are stored.")
 
 
 def _cache_info(a: argparse.Namespace) -> int:
@@ -512,7 +525,7 @@ def _cache_verify(a: argparse.Namespace) -> int:
     whole = "" if cache.finished else " (an unfinished cache: the same capture goes on with it)"
     found = f"{len(problems)} problems" if problems else "every byte is as it was written"
     print(f"{a.directory}: {found}{whole}")
-    if problems:
+    if any(not problem.file.startswith("generations/") for problem in problems):
         needs = {part for problem in problems for part in problem.needs}
         data = " --data FILE" if "data" in needs else ""
         model = f" --model {cache.model.name}" if "model" in needs else ""

@@ -34,7 +34,7 @@ ROOMS = [
 FACE = {
     activations_cache: {"capture", "open", "Cache", "sites", "hashing", "errors", "read_documents", "tokenize",
                         "Documents", "Tokens", "conformance", "Generations", "capture_generation", "capture_ray",
-                        "concat", "generate", "import_saelens", "join", "repair"},
+                        "concat", "generate", "import_saelens", "join", "repair", "verify"},
     saes: {"train", "load", "evaluate", "Evaluation", "separation", "errors"},
     probe: {"load", "export", "run", "report", "audit", "data", "editing", "errors", "experts", "features", "models",
             "organisms", "patching", "plots", "probing", "targets"},

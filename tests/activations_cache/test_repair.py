@@ -419,3 +419,44 @@ def test_generated_tokens_are_repaired_from_the_model_alone(tmp_path: Path):
     assert done.forwards > 0
     assert contents(out) == before
     assert verify(out) == []
+
+
+def test_verify_lists_lost_and_cut_shards_of_a_cache_that_does_not_open(tmp_path: Path):
+    small(tmp_path / "acts")
+    (tmp_path / "acts" / "shard-00000.h5").unlink()
+    os.truncate(tmp_path / "acts" / SHARD, 1000)
+    found = {problem.file: problem.kind for problem in ac.verify(tmp_path / "acts")}
+    assert found == {"shard-00000.h5": "missing", SHARD: "size"}
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_an_unfinished_cache_needs_no_current_index(stale: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real, calls = _forward.Forward.run, []
+
+    def run(self: Any, batch: Any) -> Any:
+        calls.append(batch)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(self, batch)
+
+    monkeypatch.setattr(_forward.Forward, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        small(tmp_path / "acts")
+    index = tmp_path / "acts" / "index.h5"
+    assert not index.exists()
+    if stale:
+        monkeypatch.setattr(_forward.Forward, "run", real)
+        shutil.copy(small(tmp_path / "whole").path / "index.h5", index)
+    assert ac.verify(tmp_path / "acts") == []
+
+
+def test_a_finished_cache_needs_its_index(tmp_path: Path):
+    small(tmp_path / "acts")
+    (tmp_path / "acts" / "index.h5").unlink()
+    assert [problem.kind for problem in ac.verify(tmp_path / "acts")] == ["index"]
+
+
+def test_requirements_take_a_path_as_text(tmp_path: Path):
+    small(tmp_path / "acts")
+    for check in conformance.REQUIREMENTS.values():
+        check(str(tmp_path / "acts"))

@@ -83,6 +83,18 @@ def test_json_for_programs(copy, capsys):
     assert len(problem["sequences"]) > 0
 
 
+def test_repair_is_not_advised_for_generations_that_it_cannot_bring_back(copy, capsys, monkeypatch):
+    import activations_cache as ac
+    from activations_cache._verify import Problem
+
+    lost = Problem("generations/batch-00000.jsonl", "altered", "has altered bytes; run the same capture again")
+    monkeypatch.setattr(ac.Cache, "verify", lambda self, progress=False: [lost])
+    assert main(["cache", "verify", str(copy), "--repair"]) == 1
+    said = capsys.readouterr().out
+    assert lost.file in said
+    assert "to capture again what is damaged" not in said
+
+
 def test_a_damaged_manifest_is_one_line_and_changes_nothing(copy, capsys):
     content = bytearray((copy / "manifest.json").read_bytes())
     content[200] ^= 1

@@ -99,6 +99,34 @@ def test_generate_texts_and_then_their_activations(files, tmp_path, capsys):
     assert "pass --sample" in capsys.readouterr().err
 
 
+def test_generate_refuses_what_only_sites_use(files, tmp_path, capsys):
+    model, folder = files
+    command = ["generate", model, "--data", str(folder / "stories.jsonl"), "--out", str(tmp_path / "g")]
+    for flag, value in (("--positions", "all"), ("--pool", "mean"), ("--dtype", "float16"), ("--shard-rows", "9")):
+        assert main([*command, flag, value]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"probe: error: {flag}: of no effect without --site")
+    assert not (tmp_path / "g").exists()
+
+
+def test_the_notes_of_an_error_are_shown(files, tmp_path, capsys, monkeypatch):
+    import activations_cache as ac
+    from activations_cache.errors import CacheError
+
+    def fails(*_args, **_settings):
+        error = CacheError("the disk is full")
+        error.add_note("1 of 5 shards are committed in acts;\nthe same capture with resume=True goes on")
+        raise error
+
+    monkeypatch.setattr(ac, "capture", fails, raising=False)
+    model, folder = files
+    command = ["capture", model, "--data", str(folder / "stories.jsonl"), "--site", "hook_embed"]
+    assert main([*command, "--out", str(tmp_path / "new")]) == 2
+    first, second = capsys.readouterr().err.splitlines()[-2:]
+    assert first == "probe: error: the disk is full"
+    assert second == "probe: note: 1 of 5 shards are committed in acts; the same command goes on"
+
+
 def test_verify_exits_with_1_on_a_flipped_byte(files, tmp_path, capsys):
     import shutil
 
