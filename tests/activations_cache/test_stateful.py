@@ -32,7 +32,6 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -143,7 +142,11 @@ def lift_the_limit() -> None:
 
 
 class Hostile(RuleBasedStateMachine):
-    """One directory, and everything that can happen to it."""
+    """One directory, and everything that can happen to it.
+
+    Where a kill at a random moment leaves the directory is not for hypothesis to know: what is enabled and what is
+    drawn must not hang on it, so a rule that does not apply does nothing.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,20 +181,23 @@ class Hostile(RuleBasedStateMachine):
         for call in calls:
             assert child(self.out, lambda call=call: die_at_call(call, None)) in (0, KILLED)
 
-    @precondition(lambda self: self.finished())
     @rule()
     def begin_anew(self) -> None:
+        if not self.finished():
+            return
         shutil.rmtree(self.out)
         self.held = 0
 
-    @precondition(lambda self: not self.finished())
     @rule(limit=st.integers(1, 30_000))
     def stop_in_the_middle_of_a_write(self, limit: int) -> None:
+        if self.finished():
+            return
         assert child(self.out, lambda: stop_at_byte(limit, by_signal=True)) in (0, CUT_OFF, KILLED)
 
-    @precondition(lambda self: not self.finished())
     @rule(limit=st.integers(1, 30_000))
     def fill_the_disk(self, limit: int) -> None:
+        if self.finished():
+            return
         status = child(self.out, lambda: stop_at_byte(limit, by_signal=False))
         assert status in (0, FULL_DISK)
         if status == FULL_DISK:
@@ -202,27 +208,24 @@ class Hostile(RuleBasedStateMachine):
         status = child(self.out, lambda: None, delay, signal.SIGINT)
         assert status in (0, INTERRUPTED)
 
-    @precondition(lambda self: self.out.exists())
     @rule()
     def a_second_writer_is_refused(self) -> None:
-        if self.finished():
+        if self.finished() or not self.out.exists():
             return
         before = contents(self.out)
         with store.writer_lock(self.out), pytest.raises(CacheLockedError, match=str(os.getpid())):
             capture(self.out)
         assert contents(self.out) == before
 
-    @precondition(lambda self: self.out.exists())
     @rule()
     def move(self) -> None:
-        self.out = self.out.rename(self.out.with_name(self.out.name + "x"))
+        if self.out.exists():
+            self.out = self.out.rename(self.out.with_name(self.out.name + "x"))
 
-    @precondition(lambda self: self.out.exists())
     @rule()
     def lose_the_index(self) -> None:
         (self.out / "index.h5").unlink(missing_ok=True)
 
-    @precondition(lambda self: self.out.exists())
     @rule(number=st.integers(0, 9), junk=st.binary(max_size=50))
     def find_leftovers(self, number: int, junk: bytes) -> None:
         """What the manifest does not name is no part of the cache: half a shard, or a whole one of another writer."""
@@ -231,25 +234,32 @@ class Hostile(RuleBasedStateMachine):
             if name not in names and (self.out / "manifest.json").exists():
                 (self.out / name).write_bytes(junk)
 
-    @precondition(lambda self: self.entries())
-    @rule(data=st.data())
-    def damage_a_byte(self, data: st.DataObject) -> None:
+    @rule(
+        shard=st.integers(0, 99),
+        row=st.integers(0, 99),
+        byte=st.integers(0, 99),
+        bit=st.integers(0, 7),
+        back=st.booleans(),
+    )
+    def damage_a_byte(self, shard: int, row: int, byte: int, bit: int, back: bool) -> None:
         """Found, named, and no capture goes on over it; repaired or put back, nothing is lost."""
-        entry = data.draw(st.sampled_from(self.entries()))
+        if not self.entries():
+            return
+        entry = self.entries()[shard % len(self.entries())]
         path, sound = self.out / entry["file"], (self.out / entry["file"]).read_bytes()
         with h5py.File(path) as file:
             dataset = file[f"sites/{SITE}"]
-            row, width = data.draw(st.integers(0, entry["rows"] - 1)), dataset.shape[1] * 4
-            position = dataset.id.get_offset() + row * width + data.draw(st.integers(0, width - 1))
+            row, width = row % entry["rows"], dataset.shape[1] * 4
+            position = dataset.id.get_offset() + row * width + byte % width
             sequence = int(file["rows/sequence"][row])
         altered = bytearray(sound)
-        altered[position] ^= 1 << data.draw(st.integers(0, 7))
+        altered[position] ^= 1 << bit
         path.write_bytes(bytes(altered))
         problems = {problem.file: problem for problem in quietly(self.out).verify()}
         assert sequence in problems[entry["file"]].sequences
         with pytest.raises(ac.errors.CorruptCacheError, match=entry["file"]):
             capture(self.out)
-        if data.draw(st.booleans()):
+        if not back:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
                 assert ac.repair(self.out, llama(), progress=False).exact
