@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
 
 import numpy as np
 
 from activations_cache._forward import Batch, Forward
 from activations_cache._job import Job
 from activations_cache.errors import CacheError
-from activations_cache.plan import IntArray, Shard
+from activations_cache.plan import Shard
 from activations_cache.store import NUMPY_TYPES, AnyArray, Moments, ShardBuffer, ShardEntry, write_shard
 
 QUEUED_BATCHES = 1  # with the writer while the next forward runs; each costs the memory of its stored rows
@@ -32,31 +31,6 @@ def forward_of(job: Job) -> Forward:
         logprobs=settings["logprobs"],
         batch_tokens=settings["batch_tokens"],
     )
-
-
-class Runs(Protocol):
-    """What runs batches: a `Forward`, or something around one."""
-
-    def run(self, batch: IntArray) -> Batch:
-        """One forward over these sequences."""
-        ...
-
-
-def capture_shard(job: Job, shard: Shard, forward: Runs) -> ShardEntry:
-    """Run and write one shard, nothing beside it; for schedulers of their own. The manifest does not name it yet.
-
-    Args:
-        job: The capture.
-        shard: One of its plan's shards.
-        forward: `forward_of(job)`, entered.
-
-    Returns:
-        The shard's entry for the manifest; its file is durable.
-    """
-    buffer = _new_buffer(job, shard, {})
-    for batch in shard.batches:
-        _place(buffer, batch.tolist(), forward.run(batch))
-    return _write(job, shard, buffer)
 
 
 def run_shards(job: Job, shards: Iterable[Shard], written: Written, advance: Callable[[int], object]) -> None:

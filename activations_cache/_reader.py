@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -204,7 +205,7 @@ class Lazy(Mapping[str, Value]):
         return len(self._names)
 
 
-class Reader:
+class Reader(ABC):
     """Rows of some sites, with their tokens and labels: a `Cache`, or a view of one or several.
 
     Attributes:
@@ -477,14 +478,15 @@ class Reader:
         return held.norm, float(held.var.sum())
 
     @property
+    @abstractmethod
     def rows_key(self) -> str:
         """Which rows these are: equal for the same rows of caches of the same data, in hexadecimal digits."""
-        raise NotImplementedError
 
     # --- what is inside ---------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def _facts(self) -> list[tuple[str, str]]:
-        raise NotImplementedError
+        """What `info` says above the table of sites: names and values."""
 
     def info(self) -> str:
         """What is inside, how big, and from which model and data, as text of at most 100 columns."""
