@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import permutations
 from typing import Any
 
@@ -11,84 +10,14 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from scipy.special import betaincinv
 from torch import Tensor
 
 from probe.audit._measure import KL_SETS, LogProbs, Measured
+from probe.audit._numbers import Ratio, by_group, same
 
 COLUMNS = ("set", "metric", "model", "value", "low", "high", "n", "unit", "n_of", "n_groups", "interval")
 UNITS = {"recall": "share of answers exact", "probability": "probability per token", "perplexity": ""}
-_ROUNDING = 1e-12  # shares of groups that differ by less are the same
 _KL_CELLS = 2**24  # log-probabilities that a KL takes at a time, in float64
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A number that is a sum over groups divided by a sum over groups, such as a mean over questions.
-
-    Attributes:
-        top: Numerator per group.
-        bottom: Denominator per group: questions, or tokens.
-        function: Applied to the ratio: exp for perplexity.
-        share: Whether it is a share of yes or no answers; a bootstrap of shares that are the same in every group has
-            no width, which would be read as certainty.
-    """
-
-    top: Float[np.ndarray, " group"]
-    bottom: Float[np.ndarray, " group"]
-    function: Callable[[Any], Any] = lambda ratio: ratio
-    share: bool = False
-
-    @property
-    def value(self) -> float:
-        return float(self.function(self.top.sum() / self.bottom.sum()))
-
-    @property
-    def alike(self) -> bool:
-        """Whether this is a share, and the same in every group."""
-        return self.share and _same(self.top / self.bottom)
-
-    def draws(self, n_boot: int, seed: int) -> Float[np.ndarray, " boot"]:
-        """The ratio in every bootstrap replicate: groups drawn with replacement, alike for every model."""
-        n = len(self.top)
-        weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot)  # [boot, group]
-        draws: np.ndarray = self.function((weights @ self.top) / (weights @ self.bottom))
-        return draws
-
-    def interval(self, n_boot: int, seed: int) -> tuple[float, float]:
-        """95 %; NaN with one group, Clopper and Pearson's over groups where a share is the same in each of them."""
-        n = len(self.top)
-        if n < 2:
-            return np.nan, np.nan
-        if self.alike:
-            return _clopper_pearson(n * self.value, n)
-        low, high = np.quantile(self.draws(n_boot, seed), [0.025, 0.975])
-        return float(low), float(high)
-
-
-def _same(values: Float[np.ndarray, " group"]) -> bool:
-    return bool(np.ptp(values) < _ROUNDING)
-
-
-def _clopper_pearson(hits: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share of `n`; `hits` may be a fraction.
-
-    Quantiles of Beta(hits, n - hits + 1) and Beta(hits + 1, n - hits) (Clopper and Pearson 1934). For groups whose
-    shares are alike it is conservative: no distribution on [0, 1] spreads more about its mean than yes and no do.
-    """
-    low = betaincinv(hits, n - hits + 1, 0.025) if hits > 0 else 0.0
-    high = betaincinv(hits + 1, n - hits, 0.975) if hits < n else 1.0
-    return float(low), float(high)
-
-
-def by_group(
-    values: Sequence[float] | np.ndarray, groups: Sequence[str], counts: Sequence[float] | None = None, **kind: Any
-) -> Ratio:
-    """Sum values (and counts, 1 each unless given) over the rows of each group."""
-    codes = np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
-    weights = np.ones(len(codes)) if counts is None else np.asarray(counts, dtype=float)
-    tops = np.bincount(codes, weights=np.asarray(values, dtype=float))
-    return Ratio(tops, np.bincount(codes, weights=weights), **kind)
 
 
 def answer_rows(measured: Mapping[str, Measured], n_boot: int, seed: int, people: str) -> list[dict[str, Any]]:
@@ -209,7 +138,7 @@ def _change(before: Ratio, after: Ratio, common: dict[str, str], n_boot: int, se
     n = len(before.top)
     if n < 2:
         how = "none: one group"
-    elif before.share and _same(after.top / after.bottom - before.top / before.bottom):
+    elif before.share and same(after.top / after.bottom - before.top / before.bottom):
         how = f"none: all {n} {people} changed alike"
     else:
         draws = after.draws(n_boot, seed) - before.draws(n_boot, seed)

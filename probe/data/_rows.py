@@ -29,6 +29,7 @@ class Question:
         paraphrases: Other phrasings of the question.
         perturbed_answers: Wrong answers of the same form.
         meta: Anything else (attribute, phrasing, ...).
+        paraphrased_answers: The right answer in other words, as in TOFU.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Question:
     paraphrases: tuple[str, ...] = ()
     perturbed_answers: tuple[str, ...] = ()
     meta: Mapping[str, Any] = field(default_factory=dict)
+    paraphrased_answers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,9 @@ class LabelledText:
     label: str | int | bool | float
     group: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+_LISTS = ("paraphrases", "perturbed_answers", "paraphrased_answers")
 
 
 class _Rows(Sequence[Row], Generic[Row]):
@@ -144,7 +149,7 @@ class _Rows(Sequence[Row], Generic[Row]):
             known["group"] = str(known["group"])
         known["meta"] = {**(known.get("meta") or {}), **extra}
         cls._check(known, i)
-        for key in ("paraphrases", "perturbed_answers"):
+        for key in _LISTS:
             if key in known:
                 known[key] = tuple(known[key] or ())
         defaults = {f.name for f in fields(cls.row_class) if f.default is not MISSING}
@@ -159,7 +164,7 @@ class _Rows(Sequence[Row], Generic[Row]):
                 raise DataError(f"Row {i} of {cls.__name__} needs a non-empty {key!r}; it has {sorted(known)}.")
             if key != "label" and not isinstance(value, str):
                 raise DataError(f"Row {i}: {key!r} must be a string, not {type(value).__name__}.")
-        for key in ("paraphrases", "perturbed_answers"):
+        for key in _LISTS:
             values = known.get(key) or ()
             if isinstance(values, str) or not all(isinstance(v, str) for v in values):
                 raise DataError(f"Row {i}: {key!r} must be a list of strings.")
@@ -216,7 +221,7 @@ def _json_lines(text: str) -> list[Any]:
 class Questions(_Rows[Question]):
     """Question data (`forget`, `retain`, `holdout`, ...).
 
-    Rows have `id, group, question, answer, paraphrases, perturbed_answers`.
+    Rows have `id, group, question, answer, paraphrases, perturbed_answers, paraphrased_answers`.
     """
 
     row_class = Question

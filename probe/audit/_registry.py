@@ -1,0 +1,45 @@
+"""The parts by name, imported when used: a new part is one file in this room and one row here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib import import_module
+
+from probe.audit.part import Part
+from probe.errors import AuditError
+
+# name: (module in probe.audit, class)
+PARTS: dict[str, tuple[str, str]] = {}
+
+# measured unless other parts are asked for, in the order of the card
+DEFAULT: tuple[str, ...] = tuple(PARTS)
+
+
+def part(name: str) -> Part:
+    """Return a part with its default settings.
+
+    Raises:
+        AuditError: There is no such part.
+    """
+    if name not in PARTS:
+        raise AuditError(f"the parts of an audit are {', '.join(PARTS)}; there is no {name!r}")
+    module, cls = PARTS[name]
+    made: Part = getattr(import_module(f"probe.audit.{module}"), cls)()
+    return made
+
+
+def chosen(parts: Iterable[str | Part] | str | None) -> list[Part]:
+    """Return the parts that were asked for: by name, or with settings of their own; None for the default ones.
+
+    Raises:
+        AuditError: An unknown name, something that is no part, or a part given twice.
+    """
+    wanted = DEFAULT if parts is None else (parts,) if isinstance(parts, (str, Part)) else tuple(parts)
+    found = [part(one) if isinstance(one, str) else one for one in wanted]
+    for one in found:
+        if not isinstance(one, Part):
+            raise AuditError(f"parts must be names or Part objects; received {type(one).__name__}")
+    names = [one.name for one in found]
+    if len(set(names)) < len(names):
+        raise AuditError(f"each part may be given once; received {', '.join(names)}")
+    return found
