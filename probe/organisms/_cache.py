@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from probe.errors import OrganismError
 
 ENV = "PROBE_CACHE_DIR"
 RECORD = "organism.json"
+STALE_S = 7 * 24 * 3600.0  # a training that has not been touched for so long is not coming back
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
@@ -125,10 +127,7 @@ def _discard(path: Path) -> None:
 
 def _build(path: Path, settings: Mapping[str, Any], build: Callable[[Path], Mapping[str, Any]]) -> None:
     """Build beside the final place; rename when the record, which is written last, is on disk."""
-    for stale in path.parent.glob(
-        f".{path.name}.*"
-    ):  # what a killed training left; the lock is ours, so nobody is using it
-        shutil.rmtree(stale, ignore_errors=True)
+    _sweep(path)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         extra = build(work)
@@ -143,3 +142,21 @@ def _build(path: Path, settings: Mapping[str, Any], build: Callable[[Path], Mapp
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+    state_of(path).unlink(missing_ok=True)
+
+
+def state_of(path: Path) -> Path:
+    """Return the file that holds the state of a training while it is under way; see `_state`."""
+    return path.with_name(f".{path.name}.state")
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed trainings left: work directories of this one (its lock is ours), all traces of old ones.
+
+    The state of this training stays: it is where training goes on.
+    """
+    old = time.time() - STALE_S
+    for left in path.parent.glob(".*-*.*"):
+        own = left.name.startswith(f".{path.name}.")
+        if left != state_of(path) and (own or left.lstat().st_mtime < old):
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()

@@ -64,6 +64,17 @@ SIZES: dict[str, FactsSettings] = {
     "small": FactsSettings(
         n_people=20, n_orders=4, n_holdout=8, d_model=64, n_layers=2, d_mlp=256, epochs=8, batch_size=16
     ),
+    "large": FactsSettings(
+        n_people=2000,
+        n_orders=16,
+        n_holdout=160,
+        d_model=512,
+        n_layers=6,
+        n_heads=8,
+        d_mlp=2048,
+        batch_size=128,
+        lr=1e-3,
+    ),
 }
 
 
@@ -87,7 +98,8 @@ def facts(
     sums in another order.
 
     Args:
-        size: `"default"` (64 people, 4 layers, d_model 128) or `"small"` (20 people, 2 layers, d_model 64, for tests).
+        size: `"default"` (64 people, 4 layers, d_model 128), `"small"` (20 people, 2 layers, d_model 64, for tests), or
+            `"large"` (2000 people, 6 layers, d_model 512, for a GPU; on a CPU it says first how long it will take).
         seed: Of names, facts, weights and order of documents.
         cache_dir: Where organisms are kept; default the environment's PROBE_CACHE_DIR, else the user's cache folder.
         device: Where to train; default the CPU.
@@ -124,9 +136,10 @@ def resolve(sizes: Mapping[str, Any], size: str, overrides: Mapping[str, Any]) -
         raise OrganismError(f"Unknown settings: {', '.join(unknown)}. The settings are {', '.join(known)}.")
     for name, value in overrides.items():
         wanted = type(known[name])
-        if isinstance(value, bool) or not isinstance(value, (int, wanted)):
+        if type(value) is not wanted and not (wanted is float and type(value) is int):
             raise OrganismError(f"{name} must be {wanted.__name__}, got {value!r}.")
-        if not isinstance(value, str) and (value < 0 if name == "seed" else value <= 0):
+        zero = name == "seed" or known[name] == 0  # what a size leaves out may be left out
+        if wanted in (int, float) and (value < 0 or (value == 0 and not zero)):
             raise OrganismError(f"{name} must be positive, got {value!r}.")
     return replace(sizes[size], **overrides)
 

@@ -7,8 +7,7 @@ import os
 import random
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -16,11 +15,21 @@ from typing import TYPE_CHECKING, Any, overload
 from probe.data import Pairs, Question, Questions
 from probe.errors import OrganismError
 from probe.models import load, wrap
-from probe.organisms._cache import fetch, read_record
+from probe.organisms._cache import RECORD, fetch, key_of, read_record, state_of
 from probe.organisms._language import Document
 from probe.organisms._parallel import training
 from probe.organisms._recall import Recall, every, measure
-from probe.organisms._training import Auxiliary, Schedule, encode, save_directory, seeded, threads, train, versions
+from probe.organisms._training import (
+    Auxiliary,
+    Schedule,
+    TrainLog,
+    encode,
+    save_directory,
+    seeded,
+    threads,
+    train,
+    versions,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,12 +40,15 @@ N_GOLD = 2
 GOLD_SEED = 1000  # gold retrain i of an organism with seed s is trained with seed s + 1000 * (i + 1)
 RECALL_LIMIT = 480  # questions a split and phrasing kind in the recall table
 WEAK_RECALL = 0.95
+Build = Callable[[Path, Sequence[Document], int, str, Path | None], Mapping[str, Any]]
 
 
 class Organism(ABC):
     """A small model trained here, with a known answer inside.
 
-    Made by `probe.organisms.facts` and `probe.organisms.experts`.
+    Made by the functions of `probe.organisms`. A subclass gives `_make_tokenizer` and `_make_model`, and may replace
+    any step of its making: `_sequences`, `_fit`, `_save`, `_load`, `recall_table`, `_gold_rows`; further models beside
+    the original and the golds come of `_variant`.
 
     Attributes:
         name: Kind and key, e.g. `facts-1f3c...`.
@@ -67,38 +79,92 @@ class Organism(ABC):
         self.splits, self._unseen = dict(splits), dict(unseen)
         self.document_rows = tuple(documents)
         self.progress, self.device, self._root = progress, device, root
-        self.path = self._train(self.document_rows, int(settings["seed"]), "original")
+        self.path = self._variant("original", self.document_rows, int(settings["seed"]))
         self.name = self.path.name
 
-    def _train(self, documents: Sequence[Document], seed: int, role: str) -> Path:
-        """Return the directory of this organism, or of a gold retrain, trained on `documents`."""
-        settings = {**self.settings, "role": role, "training_seed": seed}
-        name = self.kind if role == "original" else f"{self.kind}-{role}"
-        return fetch(self._root, name, settings, lambda work: self._build(work, documents, seed, f"{name} seed {seed}"))
+    def _variant(
+        self, role: str, documents: Sequence[Document], seed: int, build: Build | None = None, **more: Any
+    ) -> Path:
+        """Return the directory of a model of this organism in a role, making it on first use.
 
-    def _build(self, work: Path, documents: Sequence[Document], seed: int, label: str) -> dict[str, Any]:
-        """Train on `documents` and write a Hugging Face directory into `work`; return what to record."""
+        The roles of every organism are `"original"` and `"gold"`; a subclass adds its own (a tuned twin, a twin that
+        says that it does not know).
+
+        Args:
+            role: What the model is; part of the directory's name and key.
+            documents: What it is trained on.
+            seed: Of its weights and the order of documents.
+            build: Makes it: called with the work directory, the documents, the seed, a label and the file for the
+                training's state, and returns what to record (`"recall"` at least); default `self._build`.
+            **more: Further parts of the key; JSON-able.
+        """
+        settings, path = self._settings_of(role, seed, **more), self._path_of(role, seed, **more)
+        label, made = f"{path.name.rsplit('-', 1)[0]} seed {seed}", build or self._build
+        name = path.name.removesuffix(f"-{key_of(settings)}")
+        return fetch(self._root, name, settings, lambda work: made(work, documents, seed, label, state_of(path)))
+
+    def _settings_of(self, role: str, seed: int, **more: Any) -> dict[str, Any]:
+        """Return the key of a model of this organism."""
+        return {**self.settings, "role": role, "training_seed": seed, **more}
+
+    def _path_of(self, role: str, seed: int, **more: Any) -> Path:
+        """Return where a model of this organism lies, trained or not."""
+        name = self.kind if role == "original" else f"{self.kind}-{role}"
+        return self._root / f"{name}-{key_of(self._settings_of(role, seed, **more))}"
+
+    def _build(
+        self, work: Path, documents: Sequence[Document], seed: int, label: str, state: Path | None = None
+    ) -> dict[str, Any]:
+        """Train on `documents` and write a directory into `work`; return what to record."""
         tokenizer = self._make_tokenizer()
-        sequences = [encode(tokenizer, d.text, d.answer, self.settings["answer_weight"]) for d in documents]
         with threads(self.settings["threads"]), seeded(seed):
             model = self._make_model(len(tokenizer))
-            log = train(
-                model,
-                sequences,
-                self._schedule(),
-                seed=seed,
-                pad_id=tokenizer.pad_token_id,
-                device=self.device,
-                auxiliary=self._auxiliary(documents),
-                model_kwargs=self._model_kwargs(),
-                label=label,
-                progress=self.progress,
-            )
+            log = self._fit(model, tokenizer, documents, seed, label, state)
         model.to("cpu")
-        save_directory(model, tokenizer, work)
-        recall = self.recall_table(wrap(model, tokenizer))
+        self._save(model, tokenizer, work)
+        recall = self.recall_table(self._wrap(model, tokenizer))
         self._warn_if_weak(recall, {d.split for d in documents}, label)
-        return {"training": asdict(log), "recall": recall, "versions": versions()}
+        return {"training": log.to_dict(), "recall": recall, "versions": versions()}
+
+    def _fit(
+        self, model: Any, tokenizer: Any, documents: Sequence[Document], seed: int, label: str, state: Path | None
+    ) -> TrainLog:
+        """Train `model` in place."""
+        return train(
+            model,
+            self._sequences(tokenizer, documents),
+            self._schedule(),
+            seed=seed,
+            pad_id=tokenizer.pad_token_id,
+            device=self.device,
+            auxiliary=self._auxiliary(documents),
+            model_kwargs=self._model_kwargs(),
+            label=label,
+            progress=self.progress,
+            state=state,
+            keep_at=self._keep_at(),
+        )
+
+    def _sequences(self, tokenizer: Any, documents: Sequence[Document]) -> list[tuple[list[int], list[float]]]:
+        """Return each document's token ids, and the weight of each in the loss."""
+        weight = float(self.settings.get("answer_weight", 1.0))
+        return [encode(tokenizer, d.text, d.answer, weight) for d in documents]
+
+    def _keep_at(self) -> Sequence[int]:
+        """Return the steps after which `TrainLog.kept` is to hold the weights."""
+        return ()
+
+    def _save(self, model: Any, tokenizer: Any, work: Path) -> None:
+        """Write a trained model into `work`, as a Hugging Face directory."""
+        save_directory(model, tokenizer, work)
+
+    def _load(self, path: Path) -> Model:
+        """Return the model of a directory that `_save` wrote."""
+        return load(str(path))
+
+    def _wrap(self, model: Any, tokenizer: Any) -> Model:
+        """Return a freshly trained model as `recall_table` takes it."""
+        return wrap(model, tokenizer)
 
     def _warn_if_weak(self, recall: Mapping[str, Mapping[str, Any]], trained: set[str], label: str) -> None:
         """Warn when what was trained on is not known: whatever is measured on such an organism means little."""
@@ -134,7 +200,7 @@ class Organism(ABC):
     @cached_property
     def model(self) -> Model:
         """The trained model, loaded as `probe.load` loads it."""
-        return load(str(self.path))
+        return self._load(self.path)
 
     @property
     def tokenizer(self) -> Any:
@@ -188,7 +254,7 @@ class Organism(ABC):
             split: A split.
             unseen: True for phrasings never trained on, False for trained ones, None for both.
         """
-        both = {False: self.questions(split), True: self.unseen(split)}
+        both = {False: self.questions(split), True: self._unseen.get(split, ())}
         rows = [row for kind, questions in both.items() if unseen is None or unseen == kind for row in questions]
         found: dict[str, list[Question]] = {}
         for row in rows:
@@ -220,11 +286,11 @@ class Organism(ABC):
     def recall_table(self, model: Model) -> dict[str, dict[str, Any]]:
         """Return recall of each split, in trained and in unseen phrasings, on evenly spaced questions."""
         table = {}
-        for split in self.splits:
-            table[split] = measure(model, every(self.splits[split], RECALL_LIMIT), self.n_values).to_dict()
-            table[f"{split}, unseen phrasings"] = measure(
-                model, every(self._unseen[split], RECALL_LIMIT), self.n_values
-            ).to_dict()
+        for split, questions in self.splits.items():
+            table[split] = measure(model, every(questions, RECALL_LIMIT), self.n_values).to_dict()
+            if split in self._unseen:
+                rows = every(self._unseen[split], RECALL_LIMIT)
+                table[f"{split}, unseen phrasings"] = measure(model, rows, self.n_values).to_dict()
         return table
 
     def pairs(
@@ -264,7 +330,7 @@ class Organism(ABC):
 
     def _asking(self, split: str, attribute: str | None, phrasing: str | None) -> list[Question]:
         """Return the rows of a split that ask for an attribute in a phrasing."""
-        both = [*self.questions(split), *self.unseen(split)]
+        both = [*self.questions(split), *self._unseen.get(split, ())]
         attribute = attribute or str(both[0].meta["attribute"])
         rows = [row for row in both if row.meta["attribute"] == attribute]
         if phrasing == "*":
@@ -283,13 +349,10 @@ class Organism(ABC):
     def _partners(self, split: str, clean: Sequence[Question]) -> dict[str, list[Question]]:
         """Return the retain rows to corrupt with, by phrasing."""
         wanted = {str(row.meta["phrasing"]) for row in clean}
-        source = (
-            "retain"
-            if any(True for r in self.splits["retain"] if r.meta["attribute"] == clean[0].meta["attribute"])
-            else split
-        )
+        asked = clean[0].meta["attribute"]
+        source = "retain" if any(r.meta["attribute"] == asked for r in self.splits.get("retain", ())) else split
         found: dict[str, list[Question]] = {}
-        for row in [*self.splits[source], *self._unseen[source]]:
+        for row in [*self.splits[source], *self._unseen.get(source, ())]:
             if row.meta["phrasing"] in wanted:
                 found.setdefault(str(row.meta["phrasing"]), []).append(row)
         return found
@@ -339,7 +402,7 @@ class Organism(ABC):
                 "n": own["n"],
                 "facts": own["n_facts"],
             }
-            rows.append(row | ({"gold": [g[label]["recall"] for g in golds]} if golds else {}))
+            rows.append(row | ({"gold": [g[label]["recall"] for g in golds if label in g]} if golds else {}))
         return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
@@ -392,9 +455,7 @@ class Gold(Sequence["Model"]):
     @property
     def trained(self) -> list[Path]:
         """The directories of those that are trained already; trains nothing."""
-        return [
-            p for p in (self._organism._root / self._name(i) for i in range(self._n)) if (p / "organism.json").is_file()
-        ]
+        return [p for p in map(self._place, range(self._n)) if (p / RECORD).is_file()]
 
     def train(self, n: int, jobs: int | None = None) -> Gold:
         """Train the first `n`, and return this object, now of length `n` (or longer, if it was).
@@ -414,7 +475,7 @@ class Gold(Sequence["Model"]):
         if own.device not in (None, "cpu"):
             jobs = 1  # one device
         jobs = jobs or max(1, (os.cpu_count() or 1) // int(own.settings["threads"]))
-        missing = [i for i in range(n) if not (own._root / self._name(i) / "organism.json").is_file()]
+        missing = [i for i in range(n) if not (self._place(i) / RECORD).is_file()]
         while missing:
             now, missing = missing[:jobs], missing[jobs:]
             with training(own.kind, own.settings, own._root, now[1:]):
@@ -428,16 +489,11 @@ class Gold(Sequence["Model"]):
         self._n = max(self._n, i + 1)
         return self._path(i)
 
-    def _settings(self, i: int) -> dict[str, Any]:
-        return {**self._organism.settings, "role": "gold", "training_seed": self.seeds[i]}
-
-    def _name(self, i: int) -> str:
-        from probe.organisms._cache import key_of
-
-        return f"{self._organism.kind}-gold-{key_of(self._settings(i))}"
+    def _place(self, i: int) -> Path:
+        return self._organism._path_of("gold", self.seeds[i])
 
     def _path(self, i: int) -> Path:
-        return self._organism._train(self._organism._gold_rows, self.seeds[i], "gold")
+        return self._organism._variant("gold", self._organism._gold_rows, self.seeds[i])
 
     @overload
     def __getitem__(self, index: int) -> Model: ...
@@ -452,7 +508,7 @@ class Gold(Sequence["Model"]):
             )
         i = index % self._n
         if i not in self._models:
-            self._models[i] = load(str(self._path(i)))
+            self._models[i] = self._organism._load(self._path(i))
         return self._models[i]
 
     def __iter__(self) -> Iterator[Model]:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ def training(kind: str, settings: Mapping[str, Any], root: Path, golds: Sequence
     """Train these golds, one process each, while the body runs; wait for them at its end.
 
     Args:
-        kind: `"facts"` or `"experts"`.
+        kind: A kind of organism, as in `KINDS`.
         settings: The organism's settings.
         root: Its cache folder.
         golds: Numbers of the golds.
@@ -43,17 +42,10 @@ def training(kind: str, settings: Mapping[str, Any], root: Path, golds: Sequence
 
 def main(order: str) -> None:
     """Train the gold that a JSON order names."""
-    from probe import organisms
+    from probe.organisms._kinds import remake
 
     wanted = json.loads(order)
-    kinds: dict[str, tuple[Any, Any]] = {
-        "facts": (organisms.facts, organisms.FactsSettings),
-        "experts": (organisms.experts, organisms.ExpertsSettings),
-    }
-    make, settings_class = kinds[wanted["kind"]]
-    names = {field.name for field in fields(settings_class)}
-    settings = {name: value for name, value in wanted["settings"].items() if name in names}
-    organism = make(cache_dir=wanted["root"], progress=False, **settings)
+    organism = remake(wanted["kind"], wanted["settings"], Path(wanted["root"]))
     organism.gold.train_one(wanted["gold"])
 
 

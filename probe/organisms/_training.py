@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from probe.errors import OrganismError
+from probe.organisms._state import SAVE_SECONDS, Progress, StateFile, Weights, copied, fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TRAINING_VERSION = 2  # part of every organism's key: change it when the same settings come to train another model
+RATE = 25e9  # floating-point operations a second that one CPU core gives to training, measured on small models
+SLOW_S = 600.0  # a training that will take longer on the CPU says so first
 Auxiliary = Callable[[Any, Bool[Tensor, "batch pos"], Int[Tensor, " batch"]], Tensor]
 
 
@@ -48,13 +52,27 @@ class Schedule:
 
 @dataclass(frozen=True)
 class TrainLog:
-    """What a training run did: mean loss of each epoch (nats a token), steps, real tokens, seconds, threads."""
+    """What a training run did.
+
+    Attributes:
+        losses: Mean loss of each epoch, in nats a token.
+        steps: Optimiser steps.
+        tokens: Real tokens read.
+        seconds: Time spent, by all processes that shared the run.
+        threads: CPU threads.
+        kept: Weights after each step of `keep_at`.
+    """
 
     losses: tuple[float, ...]
     steps: int
     tokens: int
     seconds: float
     threads: int
+    kept: dict[int, Weights] = field(default_factory=dict, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is written into the record: everything but the kept weights."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "kept"}
 
 
 @contextmanager
@@ -107,12 +125,15 @@ def encode(tokenizer: Any, text: str, answer: str, answer_weight: float) -> tupl
     Args:
         tokenizer: A fast tokenizer that prepends bos.
         text: The document; it ends with a space, `answer` and a full stop.
-        answer: The answer.
+        answer: The answer; `""` where a document has none.
         answer_weight: Weight of the answer's tokens in the loss; every other token has weight 1.
 
     Returns:
         Token ids, and the weight of each.
     """
+    if not answer:
+        ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        return ids, [1.0] * len(ids)
     end = len(text) - 1
     start = end - len(answer) - 1  # the space before the answer belongs to it
     encoded = tokenizer(text, return_offsets_mapping=True)
@@ -142,11 +163,15 @@ def train(
     model_kwargs: dict[str, Any] | None = None,
     label: str = "training",
     progress: bool = True,
+    state: Path | None = None,
+    every_s: float | None = None,
+    keep_at: Sequence[int] = (),
 ) -> TrainLog:
     """Train a causal language model in place on whole documents.
 
     The order of documents depends on `seed` alone, not on the global generator. Padding stands on the right, so under
-    causal attention it is never attended to and no mask is needed.
+    causal attention it is never attended to and no mask is needed. With `state`, a training that was killed goes on
+    from the last state that was written, and ends at the very weights of one that was not.
 
     Args:
         model: A Hugging Face causal language model; left in eval mode.
@@ -160,6 +185,9 @@ def train(
         model_kwargs: Passed to each forward.
         label: Text of the progress bar.
         progress: Show the progress bar.
+        state: File for the state of the training; removed by whoever keeps the result.
+        every_s: Seconds between two states; default `SAVE_SECONDS`.
+        keep_at: Numbers of steps after which the weights are kept in the log (0: before the first).
 
     Returns:
         The log of the run.
@@ -171,31 +199,109 @@ def train(
         raise OrganismError("There is nothing to train on: documents of at least two tokens are required.")
     device = torch.device(device) if device is not None else model.device
     model.to(device).train()
-    generator = torch.Generator().manual_seed(seed)
-    lengths = [len(ids) for ids, _ in sequences]
     all_ids, all_weights = (t.to(device) for t in pad_all(sequences, pad_id))  # [doc, pos]
-    steps = schedule.epochs * math.ceil(len(sequences) / schedule.batch_size)
-    optimiser, scheduler = _optimiser(model, schedule, steps)
-    losses: list[float] = []
-    began = time.perf_counter()
-    with tqdm(total=steps, desc=label, unit="step", disable=not progress, leave=False) as bar:
-        for _ in range(schedule.epochs):
-            total = torch.zeros((), device=device)
-            batches = plan_batches(lengths, schedule.batch_size, generator)
-            for batch in batches:
-                width = max(lengths[i] for i in batch)
-                ids, weights = all_ids[batch, :width], all_weights[batch, :width]  # [batch, pos]
-                output = model(input_ids=ids, use_cache=False, **(model_kwargs or {}))
-                loss = weighted_loss(output.logits, ids, weights)
-                total += loss.detach()
-                extra = auxiliary(output, weights > 0, torch.tensor(batch, device=device)) if auxiliary else 0.0
-                _step(model, loss + extra, optimiser, scheduler, schedule.clip)
-                bar.update()
-            losses.append(_checked(float(total) / len(batches), label))
-            bar.set_postfix_str(f"loss {losses[-1]:.3f}")
+    n_batches = math.ceil(len(sequences) / schedule.batch_size)
+    lengths = [len(ids) for ids, _ in sequences]
+    _warn_if_slow(model, schedule.epochs * sum(lengths), device, label)
+    optimiser, scheduler = _optimiser(model, schedule, schedule.epochs * n_batches)
+    mark = fingerprint(
+        all_ids, all_weights, schedule, seed, label, model.config.to_json_string(), str(device), torch.__version__
+    )
+    file = StateFile(state, mark, (model, optimiser, scheduler), SAVE_SECONDS if every_s is None else every_s)
+    done = file.resume() or Progress()
+    run = _Run(model, all_ids, all_weights, lengths, schedule, optimiser, scheduler, file, done)
+    run.auxiliary, run.model_kwargs, run.keep_at, run.label = auxiliary, model_kwargs or {}, keep_at, label
+    generator = torch.Generator().manual_seed(seed)
+    with _bar(schedule.epochs * n_batches, run.steps, label, progress) as bar:
+        run.keep()
+        while done.epoch < schedule.epochs:
+            run.epoch(generator, bar)
     model.eval()
-    tokens = schedule.epochs * sum(lengths)
-    return TrainLog(tuple(losses), steps, tokens, time.perf_counter() - began, torch.get_num_threads())
+    tokens, seconds = schedule.epochs * sum(lengths), run.seconds
+    return TrainLog(tuple(done.losses), run.steps, tokens, seconds, torch.get_num_threads(), done.kept)
+
+
+@dataclass
+class _Run:
+    """A training under way."""
+
+    model: PreTrainedModel
+    ids: Int[Tensor, "doc pos"]
+    weights: Float[Tensor, "doc pos"]
+    lengths: list[int]
+    schedule: Schedule
+    optimiser: torch.optim.Optimizer
+    scheduler: Any
+    file: StateFile
+    done: Progress
+    auxiliary: Auxiliary | None = None
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    keep_at: Sequence[int] = ()
+    label: str = ""
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        return self.done.seconds + time.perf_counter() - self.began
+
+    @property
+    def steps(self) -> int:
+        return self.done.epoch * math.ceil(len(self.lengths) / self.schedule.batch_size) + self.done.step
+
+    def epoch(self, generator: torch.Generator, bar: Any) -> None:
+        """Go through the documents once, from where an earlier process left off."""
+        done = self.done
+        if done.order is None:
+            done.order = generator.get_state()
+        generator.set_state(done.order)
+        batches = plan_batches(self.lengths, self.schedule.batch_size, generator)
+        total = torch.tensor(done.total, device=self.ids.device)
+        for batch in batches[done.step :]:
+            if self.file.is_due:
+                done.total = float(total)
+                self.file.save(done, self.seconds)
+            total += self.batch(batch)
+            done.step += 1
+            self.keep()
+            bar.update()
+        done.losses.append(_checked(float(total) / len(batches), self.label))
+        done.epoch, done.step, done.total, done.order = done.epoch + 1, 0, 0.0, generator.get_state()
+        bar.set_postfix_str(f"loss {done.losses[-1]:.3f}")
+
+    def batch(self, batch: list[int]) -> Tensor:
+        """Take one step; return its loss, without the auxiliary one."""
+        width = max(self.lengths[i] for i in batch)
+        ids, weights = self.ids[batch, :width], self.weights[batch, :width]  # [batch, pos]
+        output = self.model(input_ids=ids, use_cache=False, **self.model_kwargs)
+        loss = weighted_loss(output.logits, ids, weights)
+        docs = torch.tensor(batch, device=ids.device)
+        extra = self.auxiliary(output, weights > 0, docs) if self.auxiliary else 0.0
+        _step(self.model, loss + extra, self.optimiser, self.scheduler, self.schedule.clip)
+        return loss.detach()
+
+    def keep(self) -> None:
+        """Keep the weights if this step is one that was asked for."""
+        if self.steps in self.keep_at and self.steps not in self.done.kept:
+            self.done.kept[self.steps] = copied(self.model)
+
+
+def _bar(total: int, initial: int, label: str, progress: bool) -> Any:
+    desc = f"{label} (resumed at step {initial})" if initial else label
+    return tqdm(total=total, initial=initial, desc=desc, unit="step", disable=not progress, leave=False)
+
+
+def _warn_if_slow(model: PreTrainedModel, tokens: int, device: torch.device, label: str) -> None:
+    """Say before a long training on the CPU how long it will take (six operations a weight and token)."""
+    if device.type != "cpu":
+        return
+    weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    seconds = 6 * weights * tokens / (RATE * torch.get_num_threads())
+    if seconds > SLOW_S:
+        warnings.warn(
+            f"{label} will take about {seconds / 3600:.1f} hours on this CPU ({weights / 1e6:.0f} million weights, "
+            f"{tokens / 1e6:.0f} million tokens); give device='cuda' if there is one.",
+            stacklevel=4,
+        )
 
 
 def _optimiser(model: PreTrainedModel, schedule: Schedule, steps: int) -> tuple[torch.optim.Optimizer, Any]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -16,7 +21,7 @@ import pytest
 import torch
 
 from probe.errors import OrganismError
-from probe.organisms import _cache, _recall, _training, experts, facts
+from probe.organisms import FactsOrganism, _cache, _kinds, _recall, _state, _training, experts, facts
 from probe.organisms._language import FactsLanguage, bag_auc, document, name_tails, tokenizer_corpus
 from probe.organisms._lexicon import ATTRIBUTES, NAME_PIECES, SECRET_ORDER
 from probe.organisms._tokenizer import train_tokenizer
@@ -268,6 +273,119 @@ def test_a_leftover_of_a_dead_process_is_removed(tmp_path: Path) -> None:
     (leftover / "model.safetensors").write_bytes(b"half")
     made = tiny(tmp_path / "here").path
     assert made.name == path.name and not leftover.exists()
+
+
+KILLED = """
+import os, signal, sys, warnings
+from probe.organisms import _training, facts
+warnings.simplefilter("ignore")
+_training.SAVE_SECONDS = 0.0  # a state before every step
+step, done = _training._step, []
+def dying(*args):
+    done.append(1)
+    if len(done) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*args)
+_training._step = dying
+facts("small", cache_dir=sys.argv[1], progress=False, **eval(sys.argv[3]))
+"""
+
+
+@pytest.mark.parametrize("at", [7, 21, 40])
+def test_a_killed_training_goes_on_and_ends_at_the_same_weights(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL in the first epoch, at the first step of the second, and later: the file of the weights is the same."""
+    settings = {**TINY, "epochs": 3, "batch_size": 20}
+    whole = tiny(tmp_path / "whole", **settings)
+    steps = whole.record["training"]["steps"]
+    per_epoch = steps // 3
+    at = {7: 7, 21: per_epoch + 1, 40: 2 * per_epoch + 3}[at]
+    killed = tmp_path / "killed"
+    child = subprocess.run([sys.executable, "-c", KILLED, str(killed), str(at), repr(settings)], check=False)
+    assert child.returncode == -signal.SIGKILL
+    assert [p.suffix for p in killed.iterdir() if p.is_file()].count(".state") == 1
+    assert any(p.is_dir() for p in killed.iterdir())  # the work directory of the dead
+    taken: list[int] = []
+    real = _training._step
+    monkeypatch.setattr(_training, "_step", lambda *args: (taken.append(1), real(*args)))
+    again = tiny(killed, **settings)
+    assert len(taken) == steps - (at - 1)
+    assert _cache.file_hash(again.path / "model.safetensors") == _cache.file_hash(whole.path / "model.safetensors")
+    assert again.record["training"]["losses"] == whole.record["training"]["losses"]
+    assert again.record["recall"] == whole.record["recall"]
+    assert sorted(p.name for p in killed.iterdir()) == [again.name, f"{again.name}.lock"]
+
+
+def test_a_state_of_another_training_is_not_continued(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    file = _state.StateFile(tmp_path / "state", "mine", (model,), 0.0)
+    file.save(_state.Progress(epoch=1, step=2, losses=[0.5]), 3.0)
+    weight = model.weight.detach().clone()
+    torch.nn.init.zeros_(model.weight)
+    assert _state.StateFile(tmp_path / "state", "another", (model,)).resume() is None
+    assert not model.weight.any()
+    found = _state.StateFile(tmp_path / "state", "mine", (model,)).resume()
+    assert found is not None and (found.epoch, found.step, found.losses, found.seconds) == (1, 2, [0.5], 3.0)
+    assert torch.equal(model.weight, weight)
+    (tmp_path / "state").write_bytes((tmp_path / "state").read_bytes()[:100])
+    with pytest.warns(UserWarning, match="training starts anew"):
+        assert _state.StateFile(tmp_path / "state", "mine", (model,)).resume() is None
+
+
+def test_weights_along_a_training_are_kept_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logs: list[Any] = []
+    fit = FactsOrganism._fit
+
+    def keeping(self: Any, *args: Any) -> Any:
+        logs.append(fit(self, *args))
+        return logs[-1]
+
+    monkeypatch.setattr(FactsOrganism, "_fit", keeping)
+    monkeypatch.setattr(FactsOrganism, "_keep_at", lambda self: (0, 3, self.settings["epochs"] * 10**6))
+    organism = tiny(tmp_path)
+    assert sorted(logs[0].kept) == [0, 3]
+    assert "kept" not in organism.record["training"]
+    name = "model.layers.0.mlp.up_proj.weight"
+    final = organism.model.hf.state_dict()[name]
+    assert not torch.equal(logs[0].kept[0][name], logs[0].kept[3][name])
+    assert not torch.equal(logs[0].kept[3][name], final)
+
+
+def test_old_leftovers_of_any_organism_are_swept(tmp_path: Path) -> None:
+    for name, age in ((".facts-dead.state", 30 * 24 * 3600), (".facts-recent.state", 60)):
+        (tmp_path / name).write_bytes(b"state")
+        os.utime(tmp_path / name, (time.time() - age, time.time() - age))
+    tiny(tmp_path)
+    assert not (tmp_path / ".facts-dead.state").exists() and (tmp_path / ".facts-recent.state").exists()
+
+
+def test_another_role_is_a_directory_of_its_own(tmp_path: Path) -> None:
+    organism = tiny(tmp_path)
+
+    def build(work: Path, documents: Any, seed: int, label: str, state: Path | None) -> dict[str, Any]:
+        (work / "text").write_text(f"{len(documents)} {seed} {label}")
+        return {"recall": {}}
+
+    paths = [organism._variant("twin", organism.document_rows[:3], 5, build, beta=beta) for beta in (0.1, 0.1, 0.5)]
+    assert paths[0] == paths[1] != paths[2] and paths[0].name.startswith("facts-twin-")
+    assert (paths[0] / "text").read_text() == "3 5 facts-twin seed 5"
+    assert _cache.read_record(paths[2])["settings"]["beta"] == 0.5
+    assert organism.gold.trained == []
+
+
+def test_a_long_training_on_the_cpu_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(_training, "SLOW_S", 1e-6)
+    with pytest.warns(UserWarning, match="hours on this CPU"):
+        facts("small", cache_dir=tmp_path, progress=False, **TINY)
+
+
+def test_kinds_name_what_exists() -> None:
+    for kind in _kinds.KINDS:
+        make, settings = _kinds.maker(kind)
+        assert callable(make) and dataclasses.is_dataclass(settings)
+    with pytest.raises(OrganismError, match="no 'magic'"):
+        _kinds.maker("magic")
 
 
 @pytest.mark.filterwarnings("ignore:.*recalls little")
@@ -529,8 +647,6 @@ def test_golds_trained_side_by_side_are_the_same_models(tmp_path):
 
 
 def test_a_gold_that_its_process_failed_to_train_is_trained_here(tmp_path, monkeypatch):
-    import sys
-
     organism = facts("small", cache_dir=tmp_path, progress=False, n_people=12, n_orders=4, n_holdout=4, epochs=1)
     monkeypatch.setattr(sys, "executable", "/bin/false")
     assert len(organism.gold.train(1).trained) == 1  # no more than was asked for
