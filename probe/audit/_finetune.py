@@ -95,7 +95,7 @@ def finetune(
                     raise AuditError("the loss or its gradient is not finite at the first step: check the weights")
                 return Finetuned(tuple(losses), diverged=step)
             optimiser.step()
-            losses.append(float(loss))
+            losses.append(loss.item())
             _report(step, wanted, on_eval)
     return Finetuned(tuple(losses))
 
@@ -165,7 +165,7 @@ class _Masters:
     def __init__(self, parameters: Sequence[Tensor], lr: float, weight_decay: float) -> None:
         self.parameters = parameters
         self.masters = [p if p.dtype.itemsize >= 4 else p.detach().float().requires_grad_() for p in parameters]
-        self.optimiser = torch.optim.AdamW(self.masters, lr=lr, weight_decay=weight_decay, foreach=True)
+        self.optimiser = torch.optim.AdamW(self.masters, lr=lr, weight_decay=weight_decay, fused=True)
 
     def step(self) -> None:
         """One step from the parameters' gradients, which are dropped."""
