@@ -71,15 +71,15 @@ def _page(results: Mapping[str, Any]) -> Report:
     if not made:
         raise DataError(f"a report needs at least one result among {', '.join(KEYS)}; received {sorted(results)}")
     card = results.get("audit")
-    summary = [*(_verdictless(card) if card is not None else []), *results.get("summary", []), *_findings(results)]
+    summary = [*(_gist(card) if card is not None else []), *results.get("summary", []), *_findings(results)]
     plain = {key: results[key] for key in ("manifest", "command", "recipe", "subtitle") if results.get(key)}
     return Report(str(results.get("title", "Probe report")), summary, made, **plain)
 
 
-def _verdictless(card: ReportCard) -> list[str]:
+def _gist(card: ReportCard) -> list[str]:
     """What of the card belongs into the summary."""
     return [
-        card.sentences[key] for key in ("forget", "retain", "corpus", "distance", "undecided") if key in card.sentences
+        card.sentences[key] for key in ("forget", "retain", "corpus", "distance", "verdict") if key in card.sentences
     ]
 
 

@@ -14,11 +14,13 @@ from typing import Any
 import pandas as pd
 
 from probe.audit._rows import COLUMNS
-from probe.audit._words import METRICS, SETS, cell, counted, records, sentences
+from probe.audit._words import cell, counted, metric_label, records, sentences, set_label
+from probe.audit.verdict import Verdict
 from probe.errors import AuditError
 from probe.plots import before_after_bars, distance_bars
 
-FORMAT = 1
+FORMAT = 2
+_FRAMES = ("table", "answers", "groups")
 _WIDE = 132  # characters at which a value and its interval fit beside each other
 _TEXTS = ("set", "metric", "model", "unit", "n_of", "interval", "id", "group")
 _MODELS = {"original": "original", "edited": "edited", "change": "change", "gold": "gold"}
@@ -36,12 +38,18 @@ class ReportCard:
         settings: Model, edit, sizes of the sets, seed and bootstrap.
         not_measured: What this audit says nothing about.
         answers: A row per set, model and question: which facts went and which stayed.
+        tables: Details of the parts by name (relearning curves, one row a layer, ...), each with a column `model`.
+        verdict: Removed, suppressed or untouched, with the number that decided; None where nothing was edited.
+        groups: The sums per group behind the table: what `probe.audit.across` draws from.
     """
 
     table: pd.DataFrame
     settings: Mapping[str, Any] = field(default_factory=dict)
     not_measured: tuple[str, ...] = ()
     answers: pd.DataFrame = field(default_factory=pd.DataFrame)
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    verdict: Verdict | None = None
+    groups: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def __post_init__(self) -> None:
         missing = sorted(set(COLUMNS) - set(self.table.columns))
@@ -52,13 +60,13 @@ class ReportCard:
 
     @property
     def sentence(self) -> str:
-        """The table in words: what changed, how gold compares, what was not measured. No verdict."""
+        """The table in words: what changed, how gold compares, the verdict, what was not measured."""
         return " ".join(self.sentences.values())
 
     @property
     def sentences(self) -> dict[str, str]:
         """The sentence in parts, by what each is about: `forget`, `retain`, ..., `distance`, `missing`, `undecided`."""
-        return sentences(self.table, self.settings, self.not_measured)
+        return sentences(self.table, self.settings, self.not_measured, self.verdict)
 
     def value(self, set: str, metric: str, model: str = "edited") -> float:
         """One number of the table.
@@ -85,7 +93,7 @@ class ReportCard:
             n = part[~part["model"].isin(["gold"])]["n"].max()
             of = part.loc[~part["model"].isin(["gold"]), "n_of"]
             size = counted(n, of.iloc[0]) if len(of) else ""
-            rows.append({"set": SETS.get(name, name), "metric": METRICS.get(metric, metric), **shown, "n": size})
+            rows.append({"set": set_label(name), "metric": metric_label(metric), **shown, "n": size})
         return pd.DataFrame(rows)
 
     def summary(self) -> dict[str, Any]:
@@ -93,7 +101,11 @@ class ReportCard:
         rows = self.table[self.table["model"].isin(["original", "edited", "gold"])]
         names = ["set", "metric", "model", "value", "low", "high", "n"]
         plain = [{k: None if v != v else v for k, v in row.items()} for row in records(rows[names])]
-        return {"sentence": self.sentence, "not_measured": list(self.not_measured), "rows": plain}
+        ruling = (
+            None if self.verdict is None else {k: getattr(self.verdict, k) for k in ("label", "rule", "decided_by")}
+        )
+        said = {"sentence": self.sentence, "verdict": ruling, "not_measured": list(self.not_measured)}
+        return {**said, "rows": plain}
 
     def plot(self, metrics: tuple[str, ...] = ("recall", "probability"), **settings: Any) -> Any:
         """Bars of the original, the edited model and gold, per set (plotly)."""
@@ -110,16 +122,20 @@ class ReportCard:
         return distance_bars(self.table, metric, **settings)
 
     def save(self, directory: str | Path) -> Path:
-        """Write `card.json`, `table.csv` and `answers.csv` into a directory (made if needed)."""
+        """Write `card.json`, `table.csv`, `answers.csv`, `groups.csv` and `tables/*.csv` into a directory."""
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        self.table.to_csv(directory / "table.csv", index=False)
-        self.answers.to_csv(directory / "answers.csv", index=False)
+        (directory / "tables").mkdir(parents=True, exist_ok=True)
+        for name in _FRAMES:
+            getattr(self, name).to_csv(directory / f"{name}.csv", index=False)
+        for name, table in self.tables.items():
+            table.to_csv(directory / "tables" / f"{name}.csv", index=False)
         record = {
             "format": FORMAT,
             "sentence": self.sentence,
             "settings": dict(self.settings),
             "not_measured": list(self.not_measured),
+            "tables": list(self.tables),
+            "verdict": None if self.verdict is None else self.verdict.to_dict(),
         }
         (directory / "card.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), "utf-8")
         return directory
@@ -136,8 +152,10 @@ class ReportCard:
             record = json.loads((directory / "card.json").read_text("utf-8"))
             if record["format"] != FORMAT:
                 raise AuditError(f"{directory} holds a card of format {record['format']}; this version reads {FORMAT}")
-            tables = [_read_csv(directory / name) for name in ("table.csv", "answers.csv")]
-            return cls(tables[0], record["settings"], tuple(record["not_measured"]), tables[1])
+            table, answers, groups = (_read_csv(directory / f"{name}.csv") for name in _FRAMES)
+            tables = {name: _read_csv(directory / "tables" / f"{name}.csv") for name in record["tables"]}
+            ruling = None if record["verdict"] is None else Verdict.from_dict(record["verdict"])
+            return cls(table, record["settings"], tuple(record["not_measured"]), answers, tables, ruling, groups)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise AuditError(f"{directory} holds no report card that can be read: {error!r}") from error
 

@@ -9,7 +9,7 @@ from typing import Any
 from probe.data import Questions
 from probe.models import Model
 
-SPLITS = ("forget", "retain", "neighbours", "holdout", "deducible")
+SPLITS = ("forget", "retain", "neighbours", "holdout")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,21 +53,37 @@ class Case:
         given |= {"attacks": bool(self.attacks), "corpus": bool(self.corpus)}
         return given.get(name, name in self.sets)
 
+    @classmethod
+    def of(cls, organism: Any, n_gold: int = 5, **settings: Any) -> Case:
+        """Return the case of an organism: its splits, its phrasings never trained on, its attacks, its golds.
+
+        Facts of forget people that follow from retained ones are no part of `forget`: they are the set `deducible`.
+
+        Args:
+            organism: A `probe.organisms.Organism` with the splits `forget` and `retain`.
+            n_gold: Golds; those that are not trained yet are trained.
+            **settings: Any field of the case; `sets` replaces single sets.
+        """
+        replaced = settings.pop("sets", {})
+        sets = {name: organism.splits[name] for name in SPLITS if name in organism.splits}
+        sets |= {"unseen": organism.unseen("forget"), "unseen_retain": organism.unseen("retain")}
+        if hasattr(organism, "given"):
+            sets |= {"given": organism.given("forget"), "given_holdout": organism.given("holdout")}
+        attacks = organism.attacks("forget") if hasattr(organism, "attacks") else {}
+        settings.setdefault("attacks", {kind: _secret(rows) for kind, rows in attacks.items()})
+        sets |= {name: _secret(sets[name]) for name in ("forget", "unseen", "given") if name in sets}
+        deducible = organism.splits["forget"].select(lambda row: bool(row.meta.get("deducible")))
+        if len(deducible):
+            sets["deducible"] = deducible
+        golds = organism.gold.train(n_gold)[:n_gold] if n_gold else ()
+        return cls(organism.model, {**sets, **replaced}, golds, **settings)
+
+
+def _secret(rows: Questions) -> Questions:
+    """The rows without those whose answer follows from retained facts: a gold may know them."""
+    return rows.select(lambda row: not row.meta.get("deducible"))
+
 
 def of_organism(organism: Any, n_gold: int = 5, **settings: Any) -> Case:
-    """Return the case of an organism: its splits, its phrasings never trained on, its attacks, its golds.
-
-    Args:
-        organism: A `probe.organisms.Organism` with the splits `forget` and `retain`.
-        n_gold: Golds; those that are not trained yet are trained.
-        **settings: Any field of `Case`; `sets` replaces single sets.
-    """
-    replaced = settings.pop("sets", {})
-    sets = {name: organism.splits[name] for name in SPLITS if name in organism.splits}
-    sets |= {"unseen": organism.unseen("forget"), "unseen_retain": organism.unseen("retain")}
-    if hasattr(organism, "given"):
-        sets |= {"given": organism.given("forget"), "given_holdout": organism.given("holdout")}
-    if hasattr(organism, "attacks"):
-        settings.setdefault("attacks", organism.attacks("forget"))
-    golds = organism.gold.train(n_gold)[:n_gold] if n_gold else ()
-    return Case(organism.model, {**sets, **replaced}, golds, **settings)
+    """`Case.of`."""
+    return Case.of(organism, n_gold, **settings)

@@ -22,19 +22,28 @@ class Ratio:
     Attributes:
         top: Numerator per group.
         bottom: Denominator per group: questions, or tokens.
-        function: Applied to the ratio: exp for perplexity.
+        function: Applied to the ratio: exp for perplexity; None leaves it.
         share: Whether it is a share of yes or no answers; a bootstrap of shares that are the same in every group has
             no width, which would be read as certainty.
     """
 
     top: Float[np.ndarray, " group"]
     bottom: Float[np.ndarray, " group"]
-    function: Callable[[Any], Any] = lambda ratio: ratio
+    function: Callable[[Any], Any] | None = None
     share: bool = False
 
     @property
+    def plain(self) -> bool:
+        """Whether it is the ratio itself."""
+        return self.function is None
+
+    @property
     def value(self) -> float:
-        return float(self.function(self.top.sum() / self.bottom.sum()))
+        """The number."""
+        return float(self._of(self.top.sum() / self.bottom.sum()))
+
+    def _of(self, ratio: Any) -> Any:
+        return ratio if self.function is None else self.function(ratio)
 
     @property
     def alike(self) -> bool:
@@ -45,7 +54,7 @@ class Ratio:
         """The ratio in every bootstrap replicate: groups drawn with replacement, alike for every model."""
         n = len(self.top)
         weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot)  # [boot, group]
-        draws: np.ndarray = self.function((weights @ self.top) / (weights @ self.bottom))
+        draws: np.ndarray = self._of((weights @ self.top) / (weights @ self.bottom))
         return draws
 
     def interval(self, n_boot: int, seed: int) -> tuple[float, float]:

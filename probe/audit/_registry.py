@@ -12,7 +12,22 @@ from probe.errors import AuditError
 PARTS: dict[str, tuple[str, str]] = {}
 
 # measured unless other parts are asked for, in the order of the card
-DEFAULT: tuple[str, ...] = tuple(PARTS)
+DEFAULT: tuple[str, ...] = (
+    "behaviour",
+    "tofu",
+    "muse",
+    "fluency",
+    "relearning",
+    "quantisation",
+    "context",
+    "sampling",
+    "prompts",
+    "readout",
+    "uds",
+    "lens",
+    "distance",
+    "membership",
+)
 
 
 def part(name: str) -> Part:
@@ -34,7 +49,13 @@ def chosen(parts: Iterable[str | Part] | str | None) -> list[Part]:
     Raises:
         AuditError: An unknown name, something that is no part, or a part given twice.
     """
-    wanted = DEFAULT if parts is None else (parts,) if isinstance(parts, (str, Part)) else tuple(parts)
+    wanted = (
+        [n for n in DEFAULT if n in PARTS]
+        if parts is None
+        else (parts,)
+        if isinstance(parts, (str, Part))
+        else tuple(parts)
+    )
     found = [part(one) if isinstance(one, str) else one for one in wanted]
     for one in found:
         if not isinstance(one, Part):
@@ -43,3 +64,8 @@ def chosen(parts: Iterable[str | Part] | str | None) -> list[Part]:
     if len(set(names)) < len(names):
         raise AuditError(f"each part may be given once; received {', '.join(names)}")
     return found
+
+
+def parts() -> dict[str, str]:
+    """Return what there is: each part's name and what it measures."""
+    return {name: part(name).title for name in PARTS}

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probe.audit._measure import KL_SETS, LogProbs, Measured
-from probe.audit._numbers import Ratio, by_group, same
+from probe.audit._numbers import Estimate, Metric, Number, Ratio, by_group, same
+from probe.errors import AuditError
 
 COLUMNS = ("set", "metric", "model", "value", "low", "high", "n", "unit", "n_of", "n_groups", "interval")
 UNITS = {"recall": "share of answers exact", "probability": "probability per token", "perplexity": ""}
@@ -62,6 +63,82 @@ def distance_rows(measured: Mapping[str, Measured], n_boot: int, seed: int, peop
             floor = list(permutations(golds, 2))
             rows += [pairs.seeds(metric, floor) for metric in ("kl_gold_model", "kl_model_gold")]
     return rows
+
+
+def part_rows(
+    numbers: Mapping[str, Sequence[Number]], metrics: Mapping[str, Metric], n_boot: int, seed: int, people: str
+) -> list[dict[str, Any]]:
+    """Rows of the parts' numbers, a metric of a set at a time, in the order in which the parts gave them.
+
+    Raises:
+        AuditError: A part gave a number twice, or one of a metric that it does not declare.
+    """
+    found: dict[tuple[str, str], dict[str, Ratio | Estimate]] = {}
+    for role, own in numbers.items():
+        for number in own:
+            if number.metric not in metrics:
+                raise AuditError(f"{number.metric!r} is no metric of a part that was measured")
+            values = found.setdefault((number.set, number.metric), {})
+            if role in values:
+                raise AuditError(f"{number.metric!r} of {role} on {number.set!r} was given twice")
+            values[role] = number.value
+    rows = []
+    for (name, metric), values in found.items():
+        what = metrics[metric]
+        common = {"set": name, "metric": metric, "unit": what.unit, "n_of": what.of}
+        ratios = {role: value for role, value in values.items() if isinstance(value, Ratio)}
+        if len(ratios) == len(values):
+            rows += _side_by_side(ratios, common, n_boot, seed, people)
+        else:
+            rows += _estimates(values, common, n_boot, seed, people)
+    return rows
+
+
+def _estimates(
+    values: Mapping[str, Ratio | Estimate], common: dict[str, str], n_boot: int, seed: int, people: str
+) -> list[dict[str, Any]]:
+    """Every model's row, the change without an interval, and gold's mean with its spread."""
+    rows = []
+    for role, value in values.items():
+        if isinstance(value, Ratio):
+            rows.append(_bootstrapped(value, {**common, "model": role}, n_boot, seed, people))
+            continue
+        own = {"value": value.value, "low": value.low, "high": value.high, "n": value.n, "n_groups": value.n_groups}
+        rows.append({**common, **own, "model": role, "interval": value.how})
+    rows.sort(key=lambda row: (row["model"].startswith("gold"), row["model"] == "edited"))
+    if {"original", "edited"} <= set(values):
+        change = values["edited"].value - values["original"].value
+        first = rows[0]
+        own = {"value": change, "low": np.nan, "high": np.nan, "n": first["n"], "n_groups": first["n_groups"]}
+        rows.append({**common, **own, "model": "change", "interval": "none: no paired bootstrap of this metric"})
+    golds = [row for row in rows if row["model"].startswith("gold ")]
+    if golds:
+        what = {**common, "n_of": "golds", "n_groups": golds[0]["n_groups"]}
+        rows.append(_spread([row["value"] for row in golds], what))
+    return rows
+
+
+def group_table(measured: Mapping[str, Measured], numbers: Mapping[str, Sequence[Number]]) -> pd.DataFrame:
+    """The sums per group that ratios were made of: what a bootstrap over several cards needs.
+
+    Columns: set, metric, model, group (its number in sorted order), top, bottom. Ratios under a function (perplexity)
+    are left out.
+    """
+    found: list[tuple[str, str, str, Ratio]] = []
+    for role, one in measured.items():
+        for name, scores in one.answers.items():
+            for metric, attribute in (("recall", "exact"), ("probability", "prob")):
+                found.append((name, metric, role, by_group(getattr(scores, attribute), scores.groups)))
+    for role, own in numbers.items():
+        found += [(n.set, n.metric, role, n.value) for n in own if isinstance(n.value, Ratio)]
+    plain = [one for one in found if one[3].plain]
+    frames = [
+        pd.DataFrame(
+            {"set": s, "metric": m, "model": role, "group": range(len(r.top)), "top": r.top, "bottom": r.bottom}
+        )
+        for s, m, role, r in plain
+    ]
+    return pd.concat(frames, ignore_index=True)
 
 
 def kl(p: Float[Tensor, "token d_vocab"], q: Float[Tensor, "token d_vocab"]) -> Float[np.ndarray, " token"]:

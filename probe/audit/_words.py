@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
+
+from probe.audit._numbers import Metric
+from probe.audit._registry import PARTS, part
+from probe.audit.verdict import Verdict
 
 SETS = {
     "forget": "forget",
     "unseen": "forget, unseen phrasings",
     "retain": "retain",
     "unseen_retain": "retain, unseen phrasings",
-    "holdout": "holdout",
-    "corpus": "corpus",
+    "given": "forget, fact in context",
+    "given_holdout": "holdout, fact in context",
+    "deducible": "deducible from retained facts",
 }
 METRICS = {
     "recall": "recall",
@@ -26,13 +32,14 @@ METRICS = {
 }
 _SHARES = ("recall", "probability")
 _IRREGULAR = {"people": "person", "children": "child", "women": "woman", "men": "man", "series": "series"}
-_UNDECIDED = "whether it removed the knowledge or only suppresses it"
 
 Row = Mapping[str, Any]
 
 
-def sentences(table: pd.DataFrame, settings: Mapping[str, Any], not_measured: Sequence[str]) -> dict[str, str]:
-    """The card in words, by what each sentence is about: the sets, `distance`, `missing`, `undecided`."""
+def sentences(
+    table: pd.DataFrame, settings: Mapping[str, Any], not_measured: Sequence[str], verdict: Verdict | None = None
+) -> dict[str, str]:
+    """The card in words, by what each sentence is about: the sets, `distance`, `verdict`, `missing`."""
     rows = {(row["set"], row["metric"], row["model"]): row for row in records(table)}
     words = _Words(rows, str(settings.get("people", "people")))
     parts = {
@@ -41,10 +48,33 @@ def sentences(table: pd.DataFrame, settings: Mapping[str, Any], not_measured: Se
         "holdout": words.holdout(),
         "corpus": words.perplexity(),
         "distance": words.distance(),
+        "verdict": verdict.sentence if verdict is not None else "",
         "missing": f"Not measured: {'; '.join(not_measured)}." if not_measured else "",
-        "undecided": f"These numbers do not decide {_UNDECIDED}." if words.edited else "",
     }
     return {about: part for about, part in parts.items() if part}
+
+
+def set_label(name: str) -> str:
+    """What a set is called on the card."""
+    return SETS.get(name, name.replace("_", " "))
+
+
+def metric_label(name: str) -> str:
+    """What a metric is called on the card."""
+    own = metrics().get(name)
+    return METRICS.get(name) or (own.label if own else name.replace("_", " "))
+
+
+def is_share(name: str) -> bool:
+    """Whether a metric is a share, shown in per cent."""
+    own = metrics().get(name)
+    return name in _SHARES or (own is not None and own.share)
+
+
+@cache
+def metrics() -> dict[str, Metric]:
+    """Every part's metrics by name."""
+    return {metric.name: metric for name in PARTS for metric in part(name).metrics}
 
 
 def records(table: Any) -> list[dict[str, Any]]:
@@ -63,7 +93,7 @@ def number(value: float, metric: str, signed: bool = False) -> str:
     if np.isnan(value):
         return "not known"
     sign = "+" if signed and value > 0 else ""
-    if metric in _SHARES:
+    if is_share(metric):
         return f"{sign}{_plain(100 * value)} {'pts' if signed else '%'}"
     return f"{sign}{_plain(value)}"
 
@@ -115,7 +145,7 @@ def _bare(text: str) -> str:
 def _by(change: Row) -> str:
     """`-50 [-100 to 0] points`."""
     text = f"{_bare(number(change['value'], change['metric'], signed=True))}{_interval(change)}"
-    return f"{text} points" if change["metric"] in _SHARES else text
+    return f"{text} points" if is_share(change["metric"]) else text
 
 
 def _alike(row: Row) -> bool:
