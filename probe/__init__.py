@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         plots,
         probing,
         targets,
+        unlearning,
     )
     from probe._export import export
     from probe._report import report
@@ -53,6 +54,7 @@ __all__ = [
     "report",
     "run",
     "targets",
+    "unlearning",
 ]
 
 __getattr__, __dir__ = lazy(
@@ -71,5 +73,6 @@ __getattr__, __dir__ = lazy(
         "plots",
         "probing",
         "targets",
+        "unlearning",
     ),
 )

@@ -30,6 +30,7 @@ ROOMS = [
     "probe.probing",
     "probe.recipe",
     "probe.targets",
+    "probe.unlearning",
 ]
 FACE = {
     activations_cache: {"capture", "open", "Cache", "sites", "hashing", "errors", "read_documents", "tokenize",
@@ -37,7 +38,7 @@ FACE = {
                         "concat", "generate", "import_saelens", "join", "repair", "verify"},
     saes: {"train", "load", "evaluate", "Evaluation", "separation", "errors"},
     probe: {"load", "export", "run", "report", "audit", "data", "editing", "errors", "experts", "features", "models",
-            "organisms", "patching", "plots", "probing", "targets"},
+            "organisms", "patching", "plots", "probing", "targets", "unlearning"},
 }  # fmt: skip
 
 
