@@ -64,7 +64,7 @@ class Across:
         return f"<p>{first}</p>{shown}"
 
 
-def across(cards: Sequence[ReportCard], *, n_boot: int = 2000, seed: int = 0, margin: float = 0.1) -> Across:
+def across(cards: Sequence[ReportCard], *, n_boot: int = 1000, seed: int = 0, margin: float = 0.1) -> Across:
     """Put the cards of several organisms together: the organism's seed is the statistical unit.
 
     Intervals are percentile bootstraps in two stages: seeds are drawn with replacement, and within each drawn seed its
@@ -104,6 +104,7 @@ class _Draws:
         self.seeds = rng.integers(len(cards), size=(n_boot, len(cards)))  # [boot, drawn]
         self.values = [_values(card) for card in cards]
         self.groups = [_groups(card) for card in cards]
+        self._kept: tuple[tuple[int, int], np.ndarray] = ((-1, -1), np.zeros(0))
 
     def row(self, name: str, metric: str, model: str) -> dict[str, object] | None:
         """The mean over seeds with its interval; None where a card lacks it."""
@@ -111,26 +112,35 @@ class _Draws:
         if any(value is None for value in values):
             return None
         plain = np.array(values, dtype=float)
-        per_card = np.stack([self._one(i, name, metric, model, plain[i]) for i in range(len(plain))])  # [card, boot]
-        means = per_card[self.seeds, np.arange(self.n_boot)[:, None]].mean(1)  # [boot]
+        drawn = np.stack(
+            [self._one(i, name, metric, model, plain[i]) for i in range(len(plain))]
+        )  # [card, boot, place]
+        boot, place = np.indices(self.seeds.shape)
+        means = drawn[self.seeds, boot, place].mean(1)  # [boot]; a card drawn twice has groups of its own each time
         low, high = np.quantile(means, [0.025, 0.975])
         own = {"value": float(plain.mean()), "low": float(low), "high": float(high), "n_seeds": len(plain)}
         return {"set": name, "metric": metric, "model": model, **own, "sd_seeds": float(plain.std(ddof=1))}
 
-    def _one(self, i: int, name: str, metric: str, model: str, value: float) -> Float[np.ndarray, " boot"]:
+    def _one(self, i: int, name: str, metric: str, model: str, value: float) -> Float[np.ndarray, "boot place"]:
         """One card's replicates: its groups resampled, alike for all models; constant where it has none."""
         wanted = ["edited", "original"] if model == "change" else [model]
         if model == "gold":
             wanted = [m for s, k, m in self.groups[i] if (s, k) == (name, metric) and m.startswith("gold ")]
-        sums = [self.groups[i].get((name, metric, m)) for m in wanted]
-        if not sums or any(one is None for one in sums):
-            return np.full(self.n_boot, value)
-        n = len(sums[0][0])  # type: ignore[index]
-        rng = np.random.default_rng([self.seed, i, n])
-        weights = rng.multinomial(n, np.full(n, 1 / n), size=self.n_boot)  # [boot, group]
-        found = np.stack([(weights @ top) / (weights @ bottom) for top, bottom in sums])  # type: ignore[misc]
+        sums = [self.groups[i][(name, metric, m)] for m in wanted if (name, metric, m) in self.groups[i]]
+        if not sums or len(sums) < len(wanted):
+            return np.full(self.seeds.shape, value)
+        weights = self._weights(i, len(sums[0][0]))  # [boot, place, group]
+        found = np.stack([(weights @ top) / (weights @ bottom) for top, bottom in sums])
         drawn: np.ndarray = found[0] - found[1] if model == "change" else found.mean(0)
         return drawn
+
+    def _weights(self, i: int, n: int) -> Float[np.ndarray, "boot place group"]:
+        """How often each replicate draws each of a card's n groups; the last is kept, as models share it."""
+        if self._kept[0] != (i, n):
+            rng = np.random.default_rng([self.seed, i, n])
+            drawn = rng.multinomial(n, np.full(n, 1 / n), size=self.seeds.shape).astype(float)
+            self._kept = ((i, n), drawn)
+        return self._kept[1]
 
 
 def _values(card: ReportCard) -> dict[tuple[str, str, str], float]:
