@@ -147,7 +147,8 @@ def _weights(hf: Any, embeddings: bool) -> Iterator[tuple[str, Tensor, bool]]:
             is_end = weight.data_ptr() in kept
             linear = isinstance(module, (nn.Linear, Conv1D)) and own == "weight"
             fused = weight.ndim == 3 and weight.is_floating_point() and not isinstance(module, nn.Conv1d)
-            if embeddings if is_end else linear or fused:
+            wanted = embeddings if is_end else linear or fused
+            if wanted:
                 crossed = isinstance(module, Conv1D) or (fused and bool(getattr(module, "is_transposed", False)))
                 yield f"{name}.{own}", weight, crossed
 
