@@ -251,15 +251,15 @@ _SCORES = {
     "reference": "loss - gold's loss",
     "gradient": "gradient norm",
 }
-_OF_GOLDS: WeakKeyDictionary[Case, dict[tuple[int, int | None], PerToken]] = WeakKeyDictionary()
+_OF_GOLDS: WeakKeyDictionary[Case, dict[tuple[int, int | None], TokenStats]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Membership(Part):
     """Forget texts against holdout texts, each `question + " " + answer`, by six scores.
 
-    The reference of the fifth score is the mean loss of the golds, of which a gold leaves itself out; with one gold, gold
-    itself has no such score.
+    The texts are read as ordinary text, never in a chat template. The reference of the fifth score is the mean loss of
+    the golds, of which a gold leaves itself out; with one gold, gold itself has no such score.
 
     Attributes:
         k: Share of the tokens that Min-k takes.
@@ -269,7 +269,7 @@ class Membership(Part):
     """
 
     k: float = 0.4
-    limit: int | None = 256
+    limit: int | None = 128
     gradients: bool = False
     gradient_limit: int = 64
 
@@ -290,11 +290,11 @@ class Membership(Part):
         """Score both sets; the table `membership` has every score's AUC and true positive rates."""
         case = subject.case
         rows = [spaced(case.sets[name], self.limit) for name in ("forget", "holdout")]
-        lines = [texts(one) for one in rows]
-        stats = token_stats(subject.model, lines[0] + lines[1], batch_size=case.batch_size, bos=case.bos)
-        cut = len(lines[0])
-        found = self._scores(stats, lines[0] + lines[1])
-        others = self._golds_but(subject)
+        lines, cut, own = texts(rows[0]) + texts(rows[1]), len(rows[0]), gold_index(subject.role)
+        stats = self._stats(subject.model, lines, case, own)
+        found = self._scores(stats, lines)
+        golds = [i for i in range(len(case.golds)) if i != own]
+        others = [self._stats(case.golds[i], lines, case, i).logprob for i in golds]
         if others:
             found["reference"] = reference(stats.logprob, others)
         groups = dict.fromkeys(found, (rows[0].groups, rows[1].groups))
@@ -314,20 +314,15 @@ class Membership(Part):
             "min_k_plus_plus": min_k_plus_plus(stats, self.k),
         }
 
-    def _golds_but(self, subject: Subject) -> list[PerToken]:
-        """Log-probabilities of both sets under every gold but the subject; each gold reads them once a case."""
-        case, own = subject.case, gold_index(subject.role)
+    def _stats(self, model: Model, lines: list[str], case: Case, gold: int | None) -> TokenStats:
+        """Of both sets' texts; a gold reads them once a case."""
         memo = _OF_GOLDS.setdefault(case, {})
-        found = []
-        for i in range(len(case.golds)):
-            if i == own:
-                continue
-            if (i, self.limit) not in memo:
-                lines = [line for name in ("forget", "holdout") for line in texts(spaced(case.sets[name], self.limit))]
-                stats = token_stats(case.golds[i], lines, batch_size=case.batch_size, bos=case.bos)
-                memo[i, self.limit] = stats.logprob
-            found.append(memo[i, self.limit])
-        return found
+        if gold is not None and (gold, self.limit) in memo:
+            return memo[gold, self.limit]
+        stats = token_stats(model, lines, batch_size=case.batch_size, bos=case.bos)
+        if gold is not None:
+            memo[gold, self.limit] = stats
+        return stats
 
 
 def gold_index(role: str) -> int | None:
