@@ -9,7 +9,13 @@ from probe.audit.part import Part
 from probe.errors import AuditError
 
 # name: (module in probe.audit, class)
-PARTS: dict[str, tuple[str, str]] = {}
+PARTS: dict[str, tuple[str, str]] = {
+    "relearning": ("relearning", "Relearning"),
+    "quantisation": ("quantisation", "Quantisation"),
+    "context": ("context", "Context"),
+    "sampling": ("sampling", "Sampling"),
+    "prompts": ("prompts", "Prompts"),
+}
 
 # measured unless other parts are asked for, in the order of the card
 DEFAULT: tuple[str, ...] = (

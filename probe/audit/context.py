@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -143,6 +143,6 @@ def _scores(subject: Subject, questions: Questions) -> AnswerScores:
 
 
 def _record(name: str, scores: AnswerScores, subject: Subject) -> dict[str, Any]:
-    plain: Sequence[bool] | np.ndarray = subject.answers[name].exact if name in subject.answers else [np.nan]
+    plain = float(subject.answers[name].exact.mean()) if name in subject.answers else np.nan
     with_fact = {"recall": float(scores.exact.mean()), "probability": float(scores.prob.mean())}
-    return {"set": name, **with_fact, "recall_without": float(np.mean(plain)), "n": len(scores)}
+    return {"set": name, **with_fact, "recall_without": plain, "n": len(scores)}

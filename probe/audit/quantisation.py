@@ -57,7 +57,8 @@ def group_absmax(
     blocks, d_in = _blocks(weight.float(), group)
     scale = blocks.abs().amax(-1, keepdim=True) / top
     levels = torch.where(scale > 0, blocks / scale, 0.0).round().clamp(-top, top)
-    return (levels * scale).flatten(-2)[..., :d_in].to(weight.dtype)
+    rounded: Tensor = (levels * scale).flatten(-2)[..., :d_in].to(weight.dtype)
+    return rounded
 
 
 def nf4(weight: Float[Tensor, "..."], block: int = 64) -> Float[Tensor, "..."]:
@@ -84,7 +85,7 @@ def _blocks(weight: Float[Tensor, "... d"], size: int | None) -> tuple[Float[Ten
     d = weight.shape[-1]
     size = min(size or d, d)
     padded = nn.functional.pad(weight, (0, -d % size))
-    return padded.unflatten(-1, (-1, size)), d
+    return padded.reshape(*padded.shape[:-1], -1, size), d
 
 
 SCHEMES: dict[str, Callable[[Tensor], Tensor]] = {
