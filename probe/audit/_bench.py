@@ -164,7 +164,7 @@ class Bench:
         numbers, tables, missing, compared = self._parts_of(tested, case)
         rows += part_rows(numbers, self._metrics(), case.n_boot, case.seed, case.people)
         table = to_table(rows)
-        ruling = judge(table, self._evidence(), edit, self.thresholds or thresholds())
+        ruling = judge(table, self.evidence(), edit, self.thresholds or thresholds())
         settings = {**self._facts(case, edit), "seconds": _seconds(tested, compared)}
         not_measured = (*self._missing(measured, case), *self.skipped, *missing)
         answers = self.plan.answers_table(measured)
@@ -198,10 +198,30 @@ class Bench:
     def _metrics(self) -> dict[str, Any]:
         return {metric.name: metric for part in self.parts for metric in part.metrics}
 
-    def _evidence(self) -> list[tuple[str, str, str]]:
+    def evidence(self) -> list[tuple[str, str, str]]:
         """(part, set, metric) of all that grows with what a model knows of the forget set."""
-        base = [("answers", "forget", "recall"), ("answers", "unseen", "recall")]
-        return base + [(part.name, *one) for part in self.parts for one in part.evidence]
+        return [one[:3] for one in self.kinds()]
+
+    def kinds(self) -> list[tuple[str, str, str, str]]:
+        """(part, set, metric, kind) of the same."""
+        base = [("answers", "forget", "recall", "plain"), ("answers", "unseen", "recall", "plain")]
+        return base + [(part.name, *one, part.kind) for part in self.parts for one in part.evidence]
+
+    def adopt(self, other: Bench) -> None:
+        """Take over what another bench measured on the same models.
+
+        Raises:
+            AuditError: Benches of other originals, sets, settings or parts.
+        """
+        same = self.parts == other.parts and self.plan.sets == other.plan.sets
+        if not same or self.case.original is not other.case.original or self.case.seed != other.case.seed:
+            raise AuditError("a bench can take over from one with the same original, sets, seed and parts only")
+        known = {id(model): role for role, model in zip(other.golds, other.case.golds, strict=True)}
+        for role, gold in zip(self.golds, self.case.golds, strict=True):
+            if id(gold) in known and known[id(gold)] in other._known:
+                self._known[role] = other._known[known[id(gold)]]
+        if "original" in other._known:
+            self._known["original"] = other._known["original"]
 
     def _missing(self, measured: Mapping[str, Measured], case: Case) -> list[str]:
         golds = [role for role in measured if role.startswith("gold")]

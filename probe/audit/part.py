@@ -73,6 +73,7 @@ class Part(ABC):
         metrics: Every metric that it reports.
         evidence: (set, metric) pairs that grow with what the model still knows of the forget set: what the verdict
             and the meta-evaluation look at.
+        kind: What its evidence is: `plain` (asked as a user would), `attack`, or `inside`.
     """
 
     name: ClassVar[str]
@@ -80,6 +81,7 @@ class Part(ABC):
     needs: ClassVar[tuple[str, ...]] = ("forget",)
     metrics: ClassVar[tuple[Metric, ...]]
     evidence: ClassVar[tuple[tuple[str, str], ...]] = ()
+    kind: ClassVar[str] = "plain"
 
     def why_not(self, case: Case) -> str | None:
         """Say why this part cannot be measured on a case; None where it can."""
