@@ -119,7 +119,7 @@ class Behaviour(Part):
     """
 
     limit: int | None = 100
-    other_limit: int | None = 40
+    other_limit: int | None = 32
     new_tokens: int = 32
     stem: bool = False
 

@@ -206,9 +206,7 @@ def truth_preference(log_ratio: Float[np.ndarray, " row"]) -> Float[np.ndarray, 
     return np.maximum(0.0, -np.expm1(np.minimum(np.asarray(log_ratio, dtype=float), 0.0)))
 
 
-def forget_quality(
-    model: Sequence[float] | np.ndarray, gold: Sequence[float] | np.ndarray
-) -> KolmogorovSmirnov:
+def forget_quality(model: Sequence[float] | np.ndarray, gold: Sequence[float] | np.ndarray) -> KolmogorovSmirnov:
     """Compare a model's truth ratios with those of a model that never saw the forget set (TOFU, arXiv 2401.06121).
 
     Ratios or their logarithms: the test heeds their order alone. A high p is no proof that both are alike: with few
