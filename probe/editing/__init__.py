@@ -12,6 +12,7 @@ from probe.editing.ablate import ablate
 from probe.editing.edit import Edit
 from probe.editing.entries import Columns, Dense, Entry, LowRank, Rows, Take
 from probe.editing.experts import remove_experts
+from probe.editing.filters import Filter, RefuseWhen, refuse_when
 from probe.editing.project import project_out
 from probe.editing.steps import Change, Step
 
@@ -21,11 +22,14 @@ __all__ = [
     "Dense",
     "Edit",
     "Entry",
+    "Filter",
     "LowRank",
+    "RefuseWhen",
     "Rows",
     "Step",
     "Take",
     "ablate",
     "project_out",
+    "refuse_when",
     "remove_experts",
 ]
