@@ -10,6 +10,10 @@ from probe.errors import AuditError
 
 # name: (module in probe.audit, class)
 PARTS: dict[str, tuple[str, str]] = {
+    "behaviour": ("behaviour", "Behaviour"),
+    "tofu": ("tofu", "Tofu"),
+    "muse": ("muse", "Muse"),
+    "fluency": ("fluency", "Fluency"),
     "relearning": ("relearning", "Relearning"),
     "quantisation": ("quantisation", "Quantisation"),
     "context": ("context", "Context"),
