@@ -14,6 +14,8 @@ from probe.errors import OrganismError
 KINDS: dict[str, tuple[str, str, str]] = {
     "facts": ("_facts", "facts", "FactsSettings"),
     "experts": ("_experts", "experts", "ExpertsSettings"),
+    "backdoor": ("_backdoor", "backdoor", "BackdoorSettings"),
+    "hallucination": ("_hallucination", "hallucination", "HallucinationSettings"),
 }
 
 
