@@ -19,6 +19,9 @@ PARTS: dict[str, tuple[str, str]] = {
     "context": ("context", "Context"),
     "sampling": ("sampling", "Sampling"),
     "prompts": ("prompts", "Prompts"),
+    "distance": ("distance", "Distance"),
+    "membership": ("membership", "Membership"),
+    "extraction": ("extraction", "Extraction"),
 }
 
 # measured unless other parts are asked for, in the order of the card
