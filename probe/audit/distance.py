@@ -67,9 +67,10 @@ def sample_answers(
     *,
     max_new_tokens: int = 8,
     batch_size: int = 64,
+    temperature: float = 1.0,
     seed: int = 0,
 ) -> Samples:
-    """Draw `n` answers to each prompt from the model itself: temperature 1, nothing cut from the distribution.
+    """Draw `n` answers to each prompt from the model itself, nothing cut from the distribution.
 
     An answer ends with the end token or after `max_new_tokens`. The uniform numbers are drawn beforehand and turned
     into tokens by the inverse of the cumulative distribution, so the samples depend on neither the batch size nor the
@@ -81,14 +82,15 @@ def sample_answers(
         n: Answers a prompt.
         max_new_tokens: Longest answer.
         batch_size: Answers a batch.
+        temperature: Logits are divided by it; 0 is greedy. 1 is the model's own distribution.
         seed: Of the uniform numbers.
 
     Raises:
         DataError: No prompt, an empty one, one that with its answer exceeds the context, or a count below 1.
         AuditError: Logits that are not finite.
     """
-    if not prompts or n < 1 or max_new_tokens < 1:
-        raise DataError("sampling needs at least one prompt, one answer a prompt and one new token")
+    if not prompts or n < 1 or max_new_tokens < 1 or not temperature >= 0:
+        raise DataError("sampling needs a prompt, an answer a prompt, a new token and a temperature of at least 0")
     limit = getattr(model.hf.config.get_text_config(), "max_position_embeddings", None)
     longest = max(map(len, prompts)) + max_new_tokens
     if limit is not None and longest > limit:
@@ -98,13 +100,15 @@ def sample_answers(
     ids: list[tuple[int, ...]] = []
     with torch.no_grad(), eval_mode(model.hf):
         for start in range(0, len(which), batch_size):
-            rows = [prompts[i] for i in which[start : start + batch_size]]
-            new = _draw(model, rows, uniform[start : start + batch_size])
+            rows = [prompts[int(i)] for i in which[start : start + batch_size]]
+            new = _draw(model, rows, uniform[start : start + batch_size], temperature)
             ids += [(*row, *answer) for row, answer in zip(rows, new, strict=True)]
-    return Samples(tuple(ids), tuple(len(prompts[i]) for i in which), which)
+    return Samples(tuple(ids), tuple(len(prompts[int(i)]) for i in which), which)
 
 
-def _draw(model: Model, rows: Sequence[Sequence[int]], uniform: Float[Tensor, "batch step"]) -> list[list[int]]:
+def _draw(
+    model: Model, rows: Sequence[Sequence[int]], uniform: Float[Tensor, "batch step"], temperature: float
+) -> list[list[int]]:
     """One answer to each row, up to and including the end token."""
     stops, given = _stops(model), pad(rows, model.pad_id, "left", str(model.device))
     alive, drawn, past = torch.ones(len(rows), dtype=torch.bool), [], None
@@ -115,7 +119,7 @@ def _draw(model: Model, rows: Sequence[Sequence[int]], uniform: Float[Tensor, "b
             now = {"input_ids": ids[:, -1:], "position_ids": positions[:, -1:], "past_key_values": past}
         out = model.hf(attention_mask=mask, use_cache=True, **now)
         past = getattr(out, "past_key_values", None)  # a model without a cache reads everything again
-        token = _inverse_cdf(out.logits[:, -1], uniform[:, step])
+        token = _next(out.logits[:, -1], uniform[:, step], temperature)
         drawn.append(torch.where(alive, token, -1))
         alive = alive & ~torch.isin(token, stops)
         if not alive.any():
@@ -126,10 +130,14 @@ def _draw(model: Model, rows: Sequence[Sequence[int]], uniform: Float[Tensor, "b
     return [[i for i in row if i >= 0] for row in torch.stack(drawn, 1).tolist()]
 
 
-def _inverse_cdf(logits: Float[Tensor, "batch d_vocab"], uniform: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+def _next(
+    logits: Float[Tensor, "batch d_vocab"], uniform: Float[Tensor, " batch"], temperature: float
+) -> Int[Tensor, " batch"]:
     if not torch.isfinite(logits).all():
         raise AuditError("the model's logits are not finite; check its weights and its dtype")
-    cumulative = logits.double().softmax(-1).cumsum(-1).cpu()
+    if temperature == 0:
+        return logits.argmax(-1).cpu()
+    cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1).cpu()
     at = (uniform.double() * cumulative[:, -1])[:, None]
     return torch.searchsorted(cumulative, at, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 

@@ -123,6 +123,15 @@ def test_a_real_model_against_a_loop_without_cache_or_padding():
     assert kl_on_samples(a, b, samples, batch_size=3) == pytest.approx(wanted, rel=1e-4)
 
 
+def test_temperature_zero_is_greedy_generation():
+    model = tiny("llama")
+    prompts = [[1, 5, 6], [1, 7]]
+    ours = sample_answers(model, prompts, 1, max_new_tokens=6, temperature=0)
+    for prompt, row in zip(prompts, ours.ids, strict=True):
+        theirs = model.hf.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, pad_token_id=0)
+        assert list(row) == theirs[0].tolist()[: len(row)]
+
+
 def test_symmetric_and_zero_to_itself():
     a, b = tiny("llama", 0), tiny("llama", 1)
     prompts = [[1, 5], [1, 6, 7]]
@@ -134,7 +143,7 @@ def test_symmetric_and_zero_to_itself():
 
 def test_bad_models_and_prompts_are_refused():
     (a, _), (b, _) = bigram(0), bigram(1)
-    with pytest.raises(DataError, match="at least one prompt"):
+    with pytest.raises(DataError, match="needs a prompt"):
         sample_answers(a, [])
     with pytest.raises(DataError, match="context is 64"):
         sample_answers(a, [[0] * 60])
