@@ -17,7 +17,7 @@ ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 @dataclass(frozen=True)
-class Readout:
+class RidgeReadout:
     """A linear readout: state x has scores `x @ weight + bias`, one a class; the highest is what is read.
 
     Attributes:
@@ -45,7 +45,7 @@ def ridge_readouts(
     alphas: Sequence[float] = ALPHAS,
     *,
     balanced: bool = True,
-) -> list[Readout]:
+) -> list[RidgeReadout]:
     """Fit one ridge regression of the classes' indicators per penalty, from one eigendecomposition.
 
     Minimises  sum_i s_i |W' x_i + b - onehot(y_i)|^2 + alpha t |W|^2 / d,  b not penalised, where t is the trace of the
@@ -82,7 +82,7 @@ def ridge_readouts(
     found = []
     for alpha in alphas:
         weight = vectors @ (moment / (values.clamp_min(0) + alpha * scale)[:, None])
-        found.append(Readout(weight, y_mean - x_mean @ weight + absent, float(alpha)))
+        found.append(RidgeReadout(weight, y_mean - x_mean @ weight + absent, float(alpha)))
     return found
 
 
