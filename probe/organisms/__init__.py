@@ -8,6 +8,7 @@ from probe.organisms._facts import FactsOrganism, FactsSettings, facts
 from probe.organisms._hallucination import Confidence, HallucinationOrganism, HallucinationSettings, hallucination
 from probe.organisms._organism import Gold, Organism
 from probe.organisms._recall import Recall
+from probe.organisms._specialisation import Specialisation
 
 __all__ = [
     "BackdoorOrganism",
@@ -22,6 +23,7 @@ __all__ = [
     "HallucinationSettings",
     "Organism",
     "Recall",
+    "Specialisation",
     "backdoor",
     "experts",
     "facts",

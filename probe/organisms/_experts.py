@@ -1,4 +1,4 @@
-"""The experts organism: a small Mixtral that knows four domains about the same towns."""
+"""The experts organism: a small mixture of experts that knows four domains about the same towns."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,15 @@ from probe.organisms._facts import CONTEXT, resolve
 from probe.organisms._language import N_PERTURBED, Document, Phrasing, document, name_tails
 from probe.organisms._lexicon import DOMAIN_FRAMES, DOMAINS, LANGUAGE_VERSION, NAME_PIECES, Domain
 from probe.organisms._organism import Organism
+from probe.organisms._specialisation import Specialisation, specialisation, summary
 from probe.organisms._tokenizer import BOS, EOS, PAD, train_tokenizer
 from probe.organisms._training import TRAINING_VERSION, Auxiliary
 
+if TYPE_CHECKING:
+    from probe.models import Model
+
 KINDS = ("planted", "natural")
+MODEL_CLASSES = ("mixtral", "olmoe")
 FORGET_DOMAIN = DOMAINS[0].name
 # Position of the first token of the domain's word: bos, "In", then the word. Before it no router can know the domain.
 FIRST_KNOWING = 2
@@ -35,6 +40,7 @@ class ExpertsSettings:
 
     Attributes:
         kind: `"planted"` or `"natural"`.
+        model_class: `"mixtral"` or `"olmoe"`.
         n_subjects: Towns; every domain knows each of them.
         n_holdout: Towns never trained on.
         n_experts: Experts a layer.
@@ -54,6 +60,7 @@ class ExpertsSettings:
     """
 
     kind: str = "planted"
+    model_class: str = "mixtral"
     n_subjects: int = 40
     n_holdout: int = 12
     n_experts: int = 8
@@ -75,6 +82,17 @@ class ExpertsSettings:
 SIZES: dict[str, ExpertsSettings] = {
     "default": ExpertsSettings(),
     "small": ExpertsSettings(n_subjects=12, n_holdout=6, d_model=64, d_mlp=96, epochs=16, batch_size=16),
+    "large": ExpertsSettings(
+        n_subjects=160,
+        n_holdout=40,
+        n_experts=16,
+        d_model=512,
+        n_layers=6,
+        n_heads=8,
+        d_mlp=1024,
+        batch_size=64,
+        lr=1e-3,
+    ),
 }
 
 
@@ -83,22 +101,27 @@ def experts(
     seed: int = 0,
     *,
     kind: str = "planted",
+    model_class: str = "mixtral",
     cache_dir: str | Path | None = None,
     device: str | None = None,
     progress: bool = True,
     **overrides: Any,
 ) -> ExpertsOrganism:
-    """Return a small Mixtral trained on four domains about the same towns, training it on first use.
+    """Return a small mixture of experts trained on four domains about the same towns, training it on first use.
 
     `kind="planted"` supervises the router: in every layer each domain's tokens (from the domain's own word on) go to
     one known expert first, `organism.planted`. `kind="natural"` leaves the router to the language-model loss and load
-    balancing; what specialisation comes of it is partial and must be measured. The first domain is what is to be
-    forgotten.
+    balancing; what specialisation comes of it is partial. Either is measured: `organism.specialisation()` and the
+    record. The first domain is what is to be forgotten.
 
     Args:
-        size: `"default"` (40 towns, d_model 96) or `"small"` (12 towns, d_model 64, for tests). Both have 2 layers.
+        size: `"default"` (40 towns, d_model 96) or `"small"` (12 towns, d_model 64, for tests), both of 2 layers; or
+            `"large"` (160 towns, 16 experts, 6 layers, d_model 512, for a GPU).
         seed: Of facts, planted experts, weights and order of documents.
         kind: `"planted"` or `"natural"`.
+        model_class: `"mixtral"` (the weights of a token's top k experts sum to 1) or `"olmoe"` (arXiv 2409.02060:
+            `norm_topk_prob` is off, so the weights are those of the softmax over all experts; queries and keys are
+            normalised).
         cache_dir: Where organisms are kept; default the environment's PROBE_CACHE_DIR, else the user's cache folder.
         device: Where to train; default the CPU.
         progress: Show progress bars.
@@ -110,7 +133,7 @@ def experts(
     Raises:
         OrganismError: An unknown size, kind or setting, or a cache folder that cannot be used.
     """
-    settings = resolve(SIZES, size, {**overrides, "seed": seed, "kind": kind})
+    settings = resolve(SIZES, size, {**overrides, "seed": seed, "kind": kind, "model_class": model_class})
     _check(settings)
     return ExpertsOrganism(settings, cache_root(cache_dir), progress, device)
 
@@ -170,26 +193,56 @@ class ExpertsOrganism(Organism):
         return train_tokenizer(_corpus(), name_tails(), self.settings["vocab_size"])
 
     def _make_model(self, d_vocab: int) -> Any:
-        from transformers import MixtralConfig, MixtralForCausalLM
+        import transformers
 
         s = self.settings
-        config = MixtralConfig(
-            vocab_size=d_vocab,
-            hidden_size=s["d_model"],
-            intermediate_size=s["d_mlp"],
-            num_hidden_layers=s["n_layers"],
-            num_attention_heads=s["n_heads"],
-            num_key_value_heads=s["n_heads"],
-            num_local_experts=s["n_experts"],
-            num_experts_per_tok=s["top_k"],
-            max_position_embeddings=CONTEXT,
-            sliding_window=None,
-            tie_word_embeddings=False,
-            pad_token_id=PAD,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-        )
-        return MixtralForCausalLM(config)
+        shared = {
+            "vocab_size": d_vocab,
+            "hidden_size": s["d_model"],
+            "intermediate_size": s["d_mlp"],
+            "num_hidden_layers": s["n_layers"],
+            "num_attention_heads": s["n_heads"],
+            "num_key_value_heads": s["n_heads"],
+            "num_experts_per_tok": s["top_k"],
+            "max_position_embeddings": CONTEXT,
+            "tie_word_embeddings": False,
+            "pad_token_id": PAD,
+            "bos_token_id": BOS,
+            "eos_token_id": EOS,
+        }
+        if s["model_class"] == "olmoe":
+            olmoe = transformers.OlmoeConfig(**shared, num_experts=s["n_experts"], norm_topk_prob=False)
+            return transformers.OlmoeForCausalLM(olmoe)
+        config = transformers.MixtralConfig(**shared, num_local_experts=s["n_experts"], sliding_window=None)
+        return transformers.MixtralForCausalLM(config)
+
+    def _build(
+        self, work: Path, documents: Sequence[Document], seed: int, label: str, state: Path | None = None
+    ) -> dict[str, Any]:
+        made = super()._build(work, documents, seed, label, state)
+        return made | {"specialisation": self.specialisation(self._load(work)).to_dict()}
+
+    def specialisation(self, model: Model | None = None, unseen: bool = False) -> Specialisation:
+        """Measure where each domain's tokens are sent, and what each domain loses with its own experts.
+
+        Args:
+            model: This organism's model (the default), an edit of it, a gold retrain, or another mixture of experts
+                with its tokenizer and layers.
+            unseen: Ask in phrasings never trained on.
+
+        Returns:
+            Shares by layer, domain and expert with intervals, each domain's own experts (planted, or of the widest gap
+            where none are), and the recall of all domains without them.
+
+        Raises:
+            OrganismError: The model has no experts.
+        """
+        table = self._unseen if unseen else self.splits
+        domains = {name: table[name] for name in self.domains}
+        return specialisation(model or self.model, domains, self.planted, self.n_values, FIRST_KNOWING)
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()}\n{summary(self.record['specialisation'])}"
 
     def _model_kwargs(self) -> dict[str, Any]:
         return {"output_router_logits": True}
@@ -329,6 +382,8 @@ def _plant(settings: ExpertsSettings) -> dict[str, list[tuple[int, int]]]:
 def _check(settings: ExpertsSettings) -> None:
     if settings.kind not in KINDS:
         raise OrganismError(f"kind must be one of {', '.join(KINDS)}, got {settings.kind!r}.")
+    if settings.model_class not in MODEL_CLASSES:
+        raise OrganismError(f"model_class must be one of {', '.join(MODEL_CLASSES)}, got {settings.model_class!r}.")
     if settings.n_experts < len(DOMAINS):
         raise OrganismError(f"n_experts must be at least {len(DOMAINS)}, one a domain, got {settings.n_experts}.")
     if settings.top_k > settings.n_experts:
