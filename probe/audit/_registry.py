@@ -22,6 +22,8 @@ PARTS: dict[str, tuple[str, str]] = {
     "readout": ("inside", "Readout"),
     "uds": ("uds", "UDS"),
     "lens": ("lens", "Lens"),
+    "cka": ("cka", "Cka"),
+    "traces": ("traces", "Traces"),
     "distance": ("distance", "Distance"),
     "membership": ("membership", "Membership"),
     "extraction": ("extraction", "Extraction"),
