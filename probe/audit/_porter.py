@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import pairwise
 
 _IRREGULAR = {  # departure: forms that the rules would spoil
     "sky": "sky", "skies": "sky", "dying": "die", "lying": "lie", "tying": "tie", "news": "news",
@@ -50,7 +51,7 @@ def _consonant(word: str, i: int) -> bool:
 def _measure(stem: str) -> int:
     """Number of vowel-consonant sequences."""
     kinds = [_consonant(stem, i) for i in range(len(stem))]
-    return sum(1 for one, other in zip(kinds[:-1], kinds[1:], strict=True) if other and not one)
+    return sum(1 for one, other in pairwise(kinds) if other and not one)
 
 
 def _has_vowel(stem: str) -> bool:

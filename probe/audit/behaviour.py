@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -38,6 +39,8 @@ class TruthScores:
         references: What stands for the right answer, per row (see `score_truth`).
         paraphrase_nll: Loss of the right answer, in nats per token; the mean where there are several.
         perturbed_nll: Loss of each wrong answer.
+        items: Number of what was scored: phrasings of one fact that share their paraphrased question share it, and are
+            one observation for a test.
         n_without: Rows that have no perturbed answer.
     """
 
@@ -46,10 +49,16 @@ class TruthScores:
     references: tuple[str, ...]
     paraphrase_nll: Float[np.ndarray, " row"]
     perturbed_nll: tuple[Float[np.ndarray, " answer"], ...]
+    items: Int[np.ndarray, " row"]
     n_without: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def distinct(self) -> Int[np.ndarray, " item"]:
+        """The first row of each item."""
+        return np.unique(self.items, return_index=True)[1]
 
     @property
     def log_ratio(self) -> Float[np.ndarray, " row"]:
@@ -74,21 +83,26 @@ def score_truth(
     rows = [i for i, row in enumerate(questions) if row.perturbed_answers]
     if not rows:
         raise DataError("a truth ratio needs perturbed_answers; no question has any")
-    pairs, cuts, references = [], [0], []
+    pairs: list[tuple[str, str]] = []
+    numbers: dict[tuple[tuple[str, str], ...], int] = {}
+    cuts, references, items = [0], [], []
     for i in rows:
         asked, right, reference = _asked(questions[i])
         references.append(reference)
-        pairs += [(asked, answer) for answer in (*right, *questions[i].perturbed_answers)]
+        own = tuple((asked, answer) for answer in (*right, *questions[i].perturbed_answers))
+        items.append(numbers.setdefault(own, len(numbers)))
+        pairs += own
         cuts.append(len(pairs))
     nll = _losses(model, pairs, batch_size, bos, chat)
-    own = [nll[start:end] for start, end in zip(cuts[:-1], cuts[1:], strict=True)]
+    losses = [nll[start:end] for start, end in pairwise(cuts)]
     n_wrong = [len(questions[i].perturbed_answers) for i in rows]
     return TruthScores(
         rows=np.array(rows),
         groups=tuple(questions[i].group for i in rows),
         references=tuple(references),
-        paraphrase_nll=np.array([losses[:-n].mean() for losses, n in zip(own, n_wrong, strict=True)]),
-        perturbed_nll=tuple(losses[-n:] for losses, n in zip(own, n_wrong, strict=True)),
+        paraphrase_nll=np.array([own[:-n].mean() for own, n in zip(losses, n_wrong, strict=True)]),
+        perturbed_nll=tuple(own[-n:] for own, n in zip(losses, n_wrong, strict=True)),
+        items=np.array(items),
         n_without=len(questions) - len(rows),
     )
 
@@ -133,11 +147,17 @@ class Behaviour(Part):
         Metric("truth_preference", "mean of max(0, 1 - truth ratio)", share=True),
         Metric("paraphrase_probability", "probability of the paraphrase", share=True),
     )
-    evidence: ClassVar[tuple[tuple[str, str], ...]] = tuple(
-        (name, metric)
-        for name in ("forget", "unseen")
-        for metric in ("rouge_l", "exact_memorisation", "extraction_strength", "truth_preference")
-    ) + (("forget", "paraphrase_probability"),)
+    evidence: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("forget", "rouge_l"),
+        ("forget", "exact_memorisation"),
+        ("forget", "extraction_strength"),
+        ("forget", "truth_preference"),
+        ("forget", "paraphrase_probability"),
+        ("unseen", "rouge_l"),
+        ("unseen", "exact_memorisation"),
+        ("unseen", "extraction_strength"),
+        ("unseen", "truth_preference"),
+    )
 
     def measure(self, subject: Subject) -> Measurement:
         """Measure one model on every set but those with the answer in their context."""
@@ -229,7 +249,7 @@ def _losses(
 
 def _truth_numbers(scores: TruthScores, name: str) -> tuple[list[Number], list[str]]:
     ratios = scores.log_ratio
-    if len(ratios) > 1 and np.ptp(ratios) <= 1e-9 * max(1.0, float(np.abs(ratios).max())):
+    if scores.items.max() > 0 and np.ptp(ratios) <= 1e-9 * max(1.0, float(np.abs(ratios).max())):
         return [], [f"truth ratio on {name}: it is the same for every question"]
     numbers = []
     mean = by_group(ratios, scores.groups, function=np.exp)

@@ -27,7 +27,6 @@ __all__ = [
     "harmonic_mean",
     "lcs_length",
     "log_truth_ratio",
-    "min_k",
     "model_utility",
     "ngram_entropy",
     "normalised_probability",
@@ -152,7 +151,8 @@ def exact_memorisation(
         DataError: An answer without tokens.
     """
     _has_tokens(n_tokens)
-    return np.asarray(argmax_right) / np.asarray(n_tokens)
+    share: np.ndarray = np.asarray(argmax_right) / np.asarray(n_tokens)
+    return share
 
 
 def extraction_strength(
@@ -168,7 +168,8 @@ def extraction_strength(
         DataError: An answer without tokens.
     """
     _has_tokens(n_tokens)
-    return 1 - (np.asarray(last_wrong) + 1) / np.asarray(n_tokens)
+    strength: np.ndarray = 1 - (np.asarray(last_wrong) + 1) / np.asarray(n_tokens)
+    return strength
 
 
 def log_truth_ratio(paraphrase_nll: float, perturbed_nll: Sequence[float]) -> float:
@@ -203,7 +204,8 @@ def truth_ratio(paraphrase_nll: float, perturbed_nll: Sequence[float]) -> float:
 
 def truth_preference(log_ratio: Float[np.ndarray, " row"]) -> Float[np.ndarray, " row"]:
     """Return max(0, 1 - truth ratio) of logarithms of truth ratios: TOFU's third part of utility, in [0, 1]."""
-    return np.maximum(0.0, -np.expm1(np.minimum(np.asarray(log_ratio, dtype=float), 0.0)))
+    preferred: np.ndarray = -np.expm1(np.minimum(np.asarray(log_ratio, dtype=float), 0.0))
+    return preferred + 0.0  # no negative zero
 
 
 def forget_quality(model: Sequence[float] | np.ndarray, gold: Sequence[float] | np.ndarray) -> KolmogorovSmirnov:
@@ -281,22 +283,6 @@ def composite(row: Mapping[str, float]) -> Composite:
     privacy = harmonic_mean([row["uds"] + _UDS_EPSILON, row["privacy_mia"] + _UDS_EPSILON])
     parts = (memorisation, privacy, row["utility_rel"])
     return Composite(memorisation, privacy, harmonic_mean([part + _UDS_EPSILON for part in parts]))
-
-
-def min_k(token_logprobs: Float[np.ndarray, " token"], k: float = 0.4) -> float:
-    """Return the mean of the lowest share k of a text's log-probabilities (Min-k %, arXiv 2310.16789).
-
-    High (near 0) where even the least expected tokens are expected: what a text of the training data looks like. At
-    least one token is taken.
-
-    Raises:
-        DataError: No token, or a k outside (0, 1].
-        AuditError: A log-probability that is no number.
-    """
-    if not 0 < k <= 1:
-        raise DataError(f"k is a share above 0 and up to 1; received {k}")
-    lowest = np.sort(_logprobs(token_logprobs))
-    return float(lowest[: max(1, int(k * len(lowest) + 1e-9))].mean())
 
 
 def privacy_leakage(auc: float, auc_gold: float) -> float:

@@ -15,11 +15,12 @@ from probe.audit import metrics
 from probe.audit._generation import answered, continuations
 from probe.audit._numbers import Estimate
 from probe.audit.behaviour import rouge_number
+from probe.audit.membership import min_k
 from probe.audit.part import Measurement, Metric, Number, Part, Subject, by_group, spaced
 from probe.errors import AuditError
 from probe.scoring import answer_tokens
 
-__all__ = ["Muse", "membership_auc", "member_scores"]
+__all__ = ["Muse", "member_scores", "membership_auc"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Muse(Part):
 
 def member_scores(subject: Subject, name: str, k: float = 0.4) -> Float[np.ndarray, " row"]:
     """Return minus Min-k of each answer of a set, already scored: low for what was trained on."""
-    return np.array([-metrics.min_k(own, k) for own in subject.answers[name].token_logprobs])
+    return min_k(subject.answers[name].token_logprobs, k)
 
 
 def membership_auc(forget: Float[np.ndarray, " row"], holdout: Float[np.ndarray, " row"]) -> float:

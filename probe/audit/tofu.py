@@ -37,7 +37,9 @@ class Tofu(Part):
     """Forget quality against gold, and model utility.
 
     Forget quality is the two-sample Kolmogorov-Smirnov p-value of the forget set's truth ratios against a gold's; of
-    several golds the median, with each in the table `forget_quality`. A gold is judged against the others. Utility is
+    several golds the median, with each in the table `forget_quality`. A gold is judged against the others. Phrasings of
+    a fact whose truth ratio is of one paraphrased question are one observation; facts of one person are taken for
+    independent, as in TOFU, which makes p too small where they are not. Utility is
     the harmonic mean of three parts of each of `retain`, `authors` and `world` that the case has.
 
     Attributes:
@@ -114,9 +116,9 @@ def utility_parts(
     else:
         probability = np.exp(-nll)
     recall = [metrics.rouge_l(said[i], rows[i].answer, stem).recall for i in scores.rows]
-    values = {
+    values: dict[str, np.ndarray] = {
         "probability": probability,
-        "rouge_l": recall,
+        "rouge_l": np.array(recall),
         "truth": metrics.truth_preference(scores.log_ratio),
     }
     return {part: by_group(value, scores.groups) for part, value in values.items()}
@@ -139,10 +141,11 @@ def _utility(parts: Mapping[str, Mapping[str, Ratio]], subject: Subject) -> Esti
 
 
 def _forget_ratios(subject: Subject, limit: int | None) -> tuple[Float[np.ndarray, " row"] | None, list[str]]:
-    """Logarithms of the forget set's truth ratios; their order is the ratios'."""
+    """Logarithms of the forget set's truth ratios, whose order is the ratios'; what was scored twice counts once."""
     if not any(row.perturbed_answers for row in spaced(subject.case.sets["forget"], limit)):
         return None, ["forget quality: the forget set has no perturbed answers"]
-    return truth(subject, "forget", limit).log_ratio, []
+    scores = truth(subject, "forget", limit)
+    return scores.log_ratio[scores.distinct], []
 
 
 def _quality(role: str, ratios: Mapping[str, np.ndarray], golds: list[str], n_groups: int) -> Measurement:
