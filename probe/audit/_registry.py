@@ -27,6 +27,11 @@ PARTS: dict[str, tuple[str, str]] = {
     "distance": ("distance", "Distance"),
     "membership": ("membership", "Membership"),
     "extraction": ("extraction", "Extraction"),
+    "pruning": ("pruning", "Pruning"),
+    "unrelated": ("unrelated", "Unrelated"),
+    "latent": ("latent", "Latent"),
+    "embedding": ("embedding", "Embedding"),
+    "redteam": ("redteam", "RedTeam"),
 }
 
 # measured unless other parts are asked for, in the order of the card
