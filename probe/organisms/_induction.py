@@ -47,7 +47,7 @@ HELD_EVERY = 5  # block lengths n with n % 5 == 3 are never trained on
 PAIR_SHARE = 0.05
 CONSONANTS, VOWELS = "bdfghjklmnprstvz", "aeiou"
 REPEATED_SHARE = 0.67
-# Weight in the loss of words that nothing predicts. They are noise: with weight 1 the heads form later or not at all.
+# Weight in the loss of words outside repetitions. Most are noise: with weight 1 the heads form later or not at all.
 NOISE_WEIGHT = 0.1
 N_SCORED = 64  # sequences that the scores are means over
 
@@ -304,14 +304,14 @@ class InductionOrganism(Organism):
         return word_tokenizer(self.language.vocabulary)
 
     def _sequences(self, tokenizer: Any, documents: Sequence[Document]) -> list[tuple[list[int], list[float]]]:
-        """Return ids and weights: 1 for what can be known, from the second turn on or as a pair's second word."""
+        """Return ids and weights: 1 for what the context tells, from the second turn of a block on."""
         rows = []
         for document in documents:
             ids, _ = encode(tokenizer, document.text, "", 1.0)
             words = document.text.split()
             period = int(document.kind.removeprefix("period-")) if document.split == "forget" else len(words)
             # In its second turn a block's first word follows its last for the first time.
-            known = [i > period or (i > 0 and words[i - 1] in self.language.pairs) for i in range(len(words))]
+            known = [i > period for i in range(len(words))]
             rows.append((ids, [NOISE_WEIGHT, *(1.0 if k else NOISE_WEIGHT for k in known), NOISE_WEIGHT]))
         return rows
 
@@ -432,7 +432,7 @@ class InductionLanguage:
     def _ask_repeat(
         self, words: list[str], length: int, group: str, split: str, trained: bool, rng: random.Random
     ) -> list[dict[str, Any]]:
-        """Return one question, or none where none fits, at a place of the second turn where the word before is in the block once, and is no pair."""
+        """Return a question (none where none fits) at a place of the second turn whose word before is there once."""
         block = words[:length]
         asked = [k for k in range(1, length) if block.count(block[k - 1]) == 1 and block[k] in self.words]
         asked = [k for k in asked if block[k - 1] in self.words and block.count(block[k]) == 1]
