@@ -24,6 +24,7 @@ PARTS: dict[str, tuple[str, str]] = {
     "lens": ("lens", "Lens"),
     "cka": ("cka", "Cka"),
     "traces": ("traces", "Traces"),
+    "sae_latents": ("latents", "Latents"),
     "distance": ("distance", "Distance"),
     "membership": ("membership", "Membership"),
     "extraction": ("extraction", "Extraction"),

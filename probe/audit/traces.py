@@ -163,7 +163,7 @@ class Traces(Part):
         k = min(self.top_k, max(1, len(original["w_u"]) // 10))
         table = pd.concat([chosen, compare_vectors(before, after, original["w_u"], own["w_u"], k)], axis=1)
         numbers = tuple(
-            Number("forget", f"{kind}_{measure}", _mean(rows[measure]))
+            Number("forget", f"{kind}_{measure}", _mean(rows[measure].tolist()))
             for kind, rows in table.groupby("kind")
             for measure in ("jaccard", "cosine", "l2")
         )

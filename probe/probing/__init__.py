@@ -9,8 +9,19 @@ How to read the columns of a sweep: see `probe.probing.sweep` and `probe.probing
 
 from __future__ import annotations
 
+from probe.probing._readout import RidgeReadout, ridge_readouts
 from probe.probing._subspace import subspace
 from probe.probing._sweep import sweep
 from probe.probing.probes import METHODS, Fitter, LinearProbes, Logistic, MeanDifference
 
-__all__ = ["METHODS", "Fitter", "LinearProbes", "Logistic", "MeanDifference", "subspace", "sweep"]
+__all__ = [
+    "METHODS",
+    "Fitter",
+    "LinearProbes",
+    "Logistic",
+    "MeanDifference",
+    "RidgeReadout",
+    "ridge_readouts",
+    "subspace",
+    "sweep",
+]

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from probe.audit._case import Case
+from probe.audit.latents import Latents, separation
 from probe.audit.part import Subject
 from probe.audit.traces import Traces, compare_vectors, top_tokens, value_vectors
+from probe.data import Questions
 from probe.errors import AuditError
 from tests.probe.test_audit_uds import PAIRS, questions
 from tests.probe.tiny import tiny
@@ -99,3 +101,76 @@ def test_golds_and_mixtures_have_no_counterparts_and_say_so():
     gold = Traces().measure(Subject("gold 1", model, case_of(model), {}))
     assert "trained anew" in gold.missing[0]
     assert Traces().compare({"gold 1": gold}, case_of(model)) == {}
+
+
+SITE = "blocks.1.hook_resid_post"
+
+
+class Plain:
+    """An SAE as far as the part knows: latents are rectified products with given directions."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def encode(self, x):
+        return torch.relu(x @ self.weight)
+
+
+def many(word, n, start):
+    words = ("the", "a", "in", "of", "at", "who", "does", "where")[:n]
+    rows = [
+        {"id": f"{i}", "group": f"g{i}", "question": f"{word} lives in {w} and", "answer": "Oslo"}
+        for i, w in enumerate(words, start)
+    ]
+    return Questions.from_rows(rows)
+
+
+def test_separation_is_scikit_learns_auc():
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 4, size=(50, 6)).astype(float), rng.random(50) < 0.3
+    assert separation(x, y) == pytest.approx([2 * roc_auc_score(y, x[:, j]) - 1 for j in range(6)])
+    with pytest.raises(AuditError, match="both sets"):
+        separation(x, np.ones(50, dtype=bool))
+
+
+def test_latents_that_tell_the_sets_apart_are_chosen_and_followed():
+    original, silent = tiny("llama", seed=1), tiny("llama", seed=1)
+    case = Case(original, {"forget": many("Anna", 8, 0), "retain": many("city", 8, 20)}, progress=False)
+    sae = Plain(torch.cat([torch.randn(16, 40, generator=torch.Generator().manual_seed(0)), torch.zeros(16, 3)], dim=1))
+    part = Latents(sae, SITE, n_latents=5)
+    first = part.measure(Subject("original", original, case, {}))
+    table = part.compare({"original": first}, case)["original"].tables["latents"]
+    acts, rows = first.payload, np.arange(8) % 2 == 0  # people 0, 2, 4, ... choose
+    positive = np.repeat([True, False], 4)
+    scores = separation(np.concatenate([acts["forget"][rows], acts["retain"][rows]]), positive)
+    assert table["chosen_by"].tolist() == pytest.approx(sorted(scores)[::-1][:5])
+    assert table["forget"].tolist() == pytest.approx(acts["forget"][~rows][:, table["latent"]].mean(0).tolist())
+    with torch.no_grad():  # nothing is written to the residual stream
+        for block in silent.hf.model.layers:
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+        silent.hf.model.embed_tokens.weight.zero_()
+    both = {"original": first, "edited": part.measure(Subject("edited", silent, case, {}))}
+    found = {r: {n.metric: n.value.value for n in one.numbers} for r, one in part.compare(both, case).items()}
+    assert found["original"]["latent_kept"] == pytest.approx(1)
+    assert found["edited"] == {"latent_activation": 0, "latent_separation": 0, "latent_kept": 0}
+
+
+def test_latents_say_what_they_lack():
+    model = tiny("llama")
+    case = Case(model, {"forget": many("Anna", 4, 0), "retain": many("city", 4, 20)}, progress=False)
+    assert "needs an SAE" in Latents().why_not(case)
+    part = Latents(Plain(torch.zeros(16, 4)), SITE)
+    assert part.why_not(case) is None
+    one = {"original": part.measure(Subject("original", model, case, {}))}
+    assert "none is higher" in part.compare(one, case)["original"].missing[0]
+    assert "a gold is trained anew" in part.measure(Subject("gold 1", model, case, {})).missing[0]
+    with pytest.raises(AuditError, match="of width 16"):
+        Latents(Plain(torch.zeros(5, 4)), SITE).measure(Subject("original", model, case, {}))
+    with pytest.raises(AuditError, match="must be finite"):
+        Latents(Plain(torch.full((16, 4), float("nan"))), SITE).measure(Subject("original", model, case, {}))
+    single = Case(model, {"forget": many("Anna", 1, 0), "retain": many("city", 4, 20)}, progress=False)
+    found = part.compare({"original": part.measure(Subject("original", model, single, {}))}, single)
+    assert "two people or more" in found["original"].missing[0]
