@@ -324,13 +324,22 @@ def _audit_section(card: ReportCard) -> Section:
     if (card.table["metric"] == "kl_gold_model").any():
         title = "Distance to gold, KL(gold‖model), mean over answer tokens: 0 is gold itself; lower is closer"
         figures.append(card.plot_distance(title=title))
-    table = card.wide()
+    figures += _attack_figures(card)
     text = [
         *card.sentences.values(),
         "Change is edited minus original on the same resampled groups; of shares, in percentage points (pts). In "
         "brackets: 95 % intervals, or why there is none; for gold, the lowest and the highest of its seeds.",
     ]
-    return Section("Original, edited and gold", "\n\n".join(text), figures, table, part="audit")
+    return Section("Original, edited and gold", "\n\n".join(text), figures, card.wide(), part="audit")
+
+
+def _attack_figures(card: ReportCard) -> list[Any]:
+    """What the verdict heard, and curves along steps and layers, of the parts that were measured."""
+    from probe.audit._curves import CURVES
+
+    heard = card.verdict is not None and bool(card.verdict.evidence["share"].notna().any())
+    figures = [card.plot_evidence()] if heard else []
+    return figures + [card.plot_curves(name) for name in CURVES if name in card.tables]
 
 
 def _bars_caption(card: ReportCard, golds: int) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from probe import _cli_audit
+
 __all__ = ["main"]
 
 Command = Callable[[argparse.Namespace], int]
@@ -98,7 +100,7 @@ def _check_out(a: argparse.Namespace) -> None:
         raise ProbeError(f"--out {a.out} exists and is not empty; give another, or --overwrite.")
 
 
-def _bars() -> bool:
+def bars() -> bool:
     """Progress bars in a terminal, none in a file or a pipe (transformers' own too)."""
     if sys.stderr.isatty():
         return True
@@ -129,8 +131,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (_add_demo, _add_run, _add_capture, _add_generate, _add_cache, _add_sae, _add_patch):
         add(commands)
-    for add in (_add_experts, _add_edit, _add_audit, _add_export):
+    for add in (_add_experts, _add_edit):
         add(commands)
+    _cli_audit.add_organism(commands, _add, _add_overwrite)
+    _cli_audit.add_audit(commands, _add, _add_overwrite)
+    _add_export(commands)
     return parser
 
 
@@ -374,30 +379,6 @@ def _add_apply(made: argparse.ArgumentParser, required: bool) -> None:
     made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="floating-point type of the result")
 
 
-def _add_audit(commands: Any) -> None:
-    made = _add(
-        commands,
-        "audit",
-        "measure what an edit did",
-        _audit,
-        "probe audit --base MODEL --edit EDIT --forget forget.jsonl --retain retain.jsonl --out card/",
-    )
-    made.add_argument("--base", required=True, help="hub name or directory of the unedited model")
-    what = made.add_mutually_exclusive_group(required=True)
-    what.add_argument("--edit", type=Path, help="directory of an edit")
-    what.add_argument("--edited", help="hub name or directory of an edited model")
-    for name in ("forget", "retain", "holdout"):
-        made.add_argument(f"--{name}", type=Path, required=name != "holdout", help="jsonl of questions")
-    made.add_argument("--gold", action="append", default=[], help="a gold retrain; may be given several times")
-    made.add_argument("--corpus", type=Path, help="texts for perplexity")
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument(
-        "--people", default="groups", help="what a group of the questions is, in sentences (default: groups)"
-    )
-    made.add_argument("--out", type=Path, help="directory for the report card")
-    _add_overwrite(made)
-
-
 def _add_export(commands: Any) -> None:
     made = _add(
         commands,
@@ -431,14 +412,14 @@ def _run(a: argparse.Namespace) -> int:
 def _walk(recipe: dict[str, Any], out: Path, no_progress: bool, command: str) -> int:
     from probe._run import run
 
-    run(recipe, out, progress=not no_progress and _bars(), command=command, quiet=False)
+    run(recipe, out, progress=not no_progress and bars(), command=command, quiet=False)
     return 0
 
 
 def _load(a: argparse.Namespace) -> Any:
     from probe.models import load
 
-    _bars()
+    bars()
     return load(a.model, dtype=a.model_dtype, device=a.device)
 
 
@@ -450,7 +431,7 @@ def _capture(a: argparse.Namespace) -> int:
         batch_tokens=a.batch_tokens, shard_rows=a.shard_rows, n_tokens=a.n_tokens, max_length=a.max_length,
         overflow=a.overflow, text_column=a.text_column, bos=a.bos, chat=a.chat, resume=not a.no_resume,
         columns=a.columns, token_columns=a.token_columns, logprobs=a.logprobs, compression=a.compression,
-        progress=_bars(),
+        progress=bars(),
     )  # fmt: skip
     print(cache.info())
     return 0
@@ -469,7 +450,7 @@ def _generate(a: argparse.Namespace) -> int:
         "max_new_tokens": a.max_new_tokens, "do_sample": a.sample, "temperature": a.temperature, "top_p": a.top_p,
         "top_k": a.top_k, "n_samples": a.samples, "seed": a.seed, "stop_strings": a.stop, "eos": not a.no_eos,
         "batch_tokens": a.batch_tokens, "max_length": a.max_length, "text_column": a.text_column, "bos": a.bos,
-        "chat": a.chat, "resume": not a.no_resume, "columns": a.columns, "progress": _bars(),
+        "chat": a.chat, "resume": not a.no_resume, "columns": a.columns, "progress": bars(),
     }  # fmt: skip
     stored = {"positions": a.positions, "pool": a.pool, "dtype": a.dtype, "shard_rows": a.shard_rows}
     if not a.site:
@@ -502,7 +483,7 @@ def _cache_export(a: argparse.Namespace) -> int:
     import activations_cache as ac
 
     cache = ac.open(a.directory)
-    cache.export(a.site, a.file, a.dtype, overwrite=a.overwrite, progress=_bars())
+    cache.export(a.site, a.file, a.dtype, overwrite=a.overwrite, progress=bars())
     print(f"{a.file}: {len(cache)} rows of {a.site}")
     return 0
 
@@ -511,7 +492,7 @@ def _cache_verify(a: argparse.Namespace) -> int:
     import activations_cache as ac
 
     cache = ac.open(a.directory, check=False)
-    problems = cache.verify(progress=_bars())
+    problems = cache.verify(progress=bars())
     if a.json:
         print(json.dumps([problem.to_json() for problem in problems], indent=1))
     else:
@@ -542,7 +523,7 @@ def _repaired(a: argparse.Namespace, cache: Any, problems: Any) -> Any:
     model = None
     if any(problem.needs for problem in problems):
         model = load(a.model or cache.model.name, dtype=a.model_dtype or cache.model.dtype, device=a.device)
-    return ac.repair(a.directory, model, a.data, text_column=a.text_column, progress=_bars())
+    return ac.repair(a.directory, model, a.data, text_column=a.text_column, progress=bars())
 
 
 def _sae_train(a: argparse.Namespace) -> int:
@@ -559,7 +540,7 @@ def _sae_train(a: argparse.Namespace) -> int:
         n_tokens=a.tokens,
         seed=a.seed,
         out=a.out,
-        progress=_bars(),
+        progress=bars(),
     )
     print(saes.evaluate(sae, cache, a.site))
     print(f"SAE: {a.out}")
@@ -580,7 +561,7 @@ def _patch(a: argparse.Namespace) -> int:
 
     pairs = Pairs.load(a.pairs)
     return _tell(
-        patching.patch(_load(a), pairs, component=a.component, direction=a.direction, seed=a.seed, progress=_bars()),
+        patching.patch(_load(a), pairs, component=a.component, direction=a.direction, seed=a.seed, progress=bars()),
         a.out,
     )
 
@@ -589,7 +570,7 @@ def _experts(a: argparse.Namespace) -> int:
     from probe import experts
 
     forget, retain = _prompts(a.forget), _prompts(a.retain)
-    return _tell(experts.attribute(_load(a), forget, retain, seed=a.seed, progress=_bars()), a.out)
+    return _tell(experts.attribute(_load(a), forget, retain, seed=a.seed, progress=bars()), a.out)
 
 
 def _prompts(path: Path) -> Any:
@@ -624,45 +605,20 @@ def _edit_apply(a: argparse.Namespace) -> int:
     from probe.editing import Edit
     from probe.models import load
 
-    _bars()
+    bars()
     edit = Edit.load(a.edit) if a.edit else None
     print(export(load(a.base, device="cpu"), edit, a.out, overwrite=a.overwrite, dtype=a.dtype))
     return 0
 
 
-def _texts(path: Path) -> list[str]:
+def texts(path: Path) -> list[str]:
     from activations_cache import read_documents
     from probe.errors import DataError
 
-    texts = read_documents(path).texts
-    if texts is None:
+    found = read_documents(path).texts
+    if found is None:
         raise DataError(f"{path} holds token ids; texts are needed here.")
-    return list(texts)
-
-
-def _audit(a: argparse.Namespace) -> int:
-    from probe.audit import audit
-    from probe.data import Questions
-    from probe.editing import Edit
-    from probe.models import load
-
-    card = audit(
-        load(a.base),
-        Edit.load(a.edit) if a.edit else load(a.edited),
-        Questions.load(a.forget),
-        Questions.load(a.retain),
-        Questions.load(a.holdout) if a.holdout else None,
-        gold=[load(path) for path in a.gold] or None,
-        corpus=_texts(a.corpus) if a.corpus else None,
-        people=a.people,
-        seed=a.seed,
-        progress=_bars(),
-    )
-    print(card)
-    if a.out is not None:
-        card.save(a.out)
-        print(f"report card: {a.out}")
-    return 0
+    return list(found)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ from typing import Any
 
 import pandas as pd
 
+from probe.audit._curves import CURVES, curve
 from probe.audit._rows import COLUMNS
 from probe.audit._words import cell, counted, metric_label, records, sentences, set_label
 from probe.audit.verdict import Verdict
 from probe.errors import AuditError
-from probe.plots import before_after_bars, distance_bars
+from probe.plots import before_after_bars, distance_bars, evidence_dots
 
 FORMAT = 2
 _FRAMES = ("table", "answers", "groups")
@@ -121,6 +122,32 @@ class ReportCard:
             raise AuditError(f"the card has no {metric!r}: it was made without gold")
         return distance_bars(self.table, metric, **settings)
 
+    def plot_evidence(self, **settings: Any) -> Any:
+        """What the verdict heard, between gold and the original (plotly).
+
+        Raises:
+            AuditError: There is nothing to judge, or no gold to judge by.
+        """
+        if self.verdict is None or not self.verdict.evidence["share"].notna().any():
+            raise AuditError("the card has no evidence to draw: it needs an edit and golds")
+        return evidence_dots(self.verdict.evidence, _Labels(), **settings)
+
+    def plot_curves(self, name: str, **settings: Any) -> Any:
+        """A curve a model, with gold's range, from a table of the card (plotly).
+
+        Args:
+            name: `relearning` (recall by step at the learning rate and data that brought back most), or a table with
+                one row a layer (`readout`, `uds`, `lens`).
+            **settings: Passed to `probe.plots.model_curves`.
+
+        Raises:
+            AuditError: The card has no such table.
+        """
+        if name not in CURVES or name not in self.tables:
+            known = [own for own in CURVES if own in self.tables]
+            raise AuditError(f"the card has curves of {', '.join(known) or 'nothing'}; there is no {name!r}")
+        return curve(name, self.tables[name], **settings)
+
     def save(self, directory: str | Path) -> Path:
         """Write `card.json`, `table.csv`, `answers.csv`, `groups.csv` and `tables/*.csv` into a directory."""
         directory = Path(directory)
@@ -196,6 +223,13 @@ class ReportCard:
         return bool((self.table["model"] == model).any())
 
 
+class _Labels(dict[str, str]):
+    """What metrics are called."""
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return metric_label(key)
+
+
 def _read_csv(path: Path) -> pd.DataFrame:
     """A csv with every number bit for bit as it was written, and texts such as a group named `NA` left alone."""
     if not path.read_text("utf-8").strip():
@@ -205,9 +239,12 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
 
 def _numbers(column: pd.Series) -> pd.Series:
-    """Booleans, whole numbers or floats, whichever the column holds; an empty cell is NaN."""
+    """Booleans, whole numbers, floats or texts, whichever the column holds; an empty cell among numbers is NaN."""
     if column.isin(["True", "False"]).all():
         return column == "True"
     if column.str.fullmatch(r"-?\d+").all():
         return column.astype("int64")
-    return column.map(lambda text: float(text or "nan")).astype("float64")
+    try:
+        return column.map(lambda text: float(text or "nan")).astype("float64")
+    except ValueError:
+        return column

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from probe.plots._audit import evidence_dots, model_curves, request_curves
 from probe.plots._bars import (
     before_after_bars,
     direction_bars,
@@ -40,14 +41,17 @@ __all__ = [
     "before_after_bars",
     "direction_bars",
     "distance_bars",
+    "evidence_dots",
     "expert_map",
     "head_heatmap",
     "latent_bars",
     "latent_scatter",
     "layer_curve",
+    "model_curves",
     "neuron_bars",
     "position_heatmap",
     "probe_curves",
+    "request_curves",
     "template",
     "theme",
     "token_labels",
