@@ -16,6 +16,10 @@ KINDS: dict[str, tuple[str, str, str]] = {
     "experts": ("_experts", "experts", "ExpertsSettings"),
     "backdoor": ("_backdoor", "backdoor", "BackdoorSettings"),
     "hallucination": ("_hallucination", "hallucination", "HallucinationSettings"),
+    "toxic": ("_toxic", "toxic", "ToxicSettings"),
+    "skills": ("_skills", "skills", "SkillsSettings"),
+    "induction": ("_induction", "induction", "InductionSettings"),
+    "tofu": ("_tofu", "tofu", "TofuSettings"),
 }
 
 

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from probe.models import Model
 
 SKILLS_VERSION = 1  # part of the key: change it with anything below that changes the documents
-CONTEXT = 48
+CONTEXT = 24
+MOST = 2200  # instances of a skill; of 2304 sentences
 LETTERS = string.ascii_lowercase[:12]
 N_LETTERS = 4  # of an instance of copying and sorting
 
@@ -41,8 +42,7 @@ NOUNS = {
     "tree": "arbun", "bird": "pturi", "stone": "lithek", "child": "puerok",
 }  # fmt: skip
 VERBS = {"sees": "vidap", "loves": "amip", "takes": "kapip", "hears": "audap", "finds": "trovip", "calls": "vokip"}
-THE = {"the": "dra"}
-FOREIGN: dict[str, str] = THE | ADJECTIVES | NOUNS | VERBS
+FOREIGN: dict[str, str] = ADJECTIVES | NOUNS | VERBS
 Instance = tuple[str, str]
 
 
@@ -56,9 +56,9 @@ class Skill:
 
 
 def _add(rng: random.Random) -> Instance:
-    """Two numbers of two digits; the sum's digits stand from the last to the first, as one writes when adding."""
-    a, b = rng.randrange(100), rng.randrange(100)
-    return f"add {_digits(a)} and {_digits(b)} :", " ".join(reversed(f"{a + b:03d}"))
+    """Two numbers of two digits, each place added modulo 10 without carry, as on a combination lock."""
+    a, b, c, d = (rng.randrange(10) for _ in range(4))
+    return f"add {a} {b} {c} {d} :", f"{(a + c) % 10} {(b + d) % 10}"
 
 
 def _copy(rng: random.Random) -> Instance:
@@ -72,16 +72,12 @@ def _sort(rng: random.Random) -> Instance:
 
 
 def _translate(rng: random.Random) -> Instance:
-    words = ["the", rng.choice([*ADJECTIVES]), rng.choice([*NOUNS]), rng.choice([*VERBS]), "the", rng.choice([*NOUNS])]
+    words = [rng.choice([*kind]) for kind in (ADJECTIVES, NOUNS, VERBS, NOUNS)]
     return f"say {' '.join(words)} :", " ".join(FOREIGN[word] for word in words)
 
 
-def _digits(number: int) -> str:
-    return " ".join(f"{number:02d}")
-
-
 SKILLS: dict[str, Skill] = {
-    "addition": Skill("addition", _add, 199),
+    "addition": Skill("addition", _add, 100),
     "copying": Skill("copying", _copy, len(LETTERS) ** N_LETTERS),
     "sorting": Skill("sorting", _sort, comb(len(LETTERS), N_LETTERS)),
     "translation": Skill("translation", _translate, len(ADJECTIVES) * len(NOUNS) ** 2 * len(VERBS)),
@@ -129,7 +125,7 @@ SIZES: dict[str, SkillsSettings] = {
     "default": SkillsSettings(),
     "small": SkillsSettings(n_instances=400, n_holdout=100, d_model=64, n_layers=2, d_mlp=256, epochs=10),
     "large": SkillsSettings(
-        n_instances=4000, d_model=512, n_layers=6, n_heads=8, d_mlp=2048, epochs=30, batch_size=64, lr=1e-3
+        n_instances=2000, d_model=512, n_layers=6, n_heads=8, d_mlp=2048, epochs=30, batch_size=64, lr=1e-3
     ),
 }
 
@@ -152,7 +148,7 @@ def skills(
 
     Args:
         size: `"default"` (1500 instances a skill, 3 layers, d_model 128), `"small"` (400 instances, 2 layers, d_model
-            64, for tests), `"large"` (4000 instances, 6 layers, d_model 512, for a GPU).
+            64, for tests), `"large"` (2000 instances, 6 layers, d_model 512, for a GPU).
         seed: Of instances, weights and order of documents.
         forget: `"addition"`, `"copying"`, `"sorting"` or `"translation"`. The same original serves all four.
         cache_dir: Where organisms are kept; default the environment's PROBE_CACHE_DIR, else the user's cache folder.
@@ -170,8 +166,8 @@ def skills(
     settings = resolve(SIZES, size, {**overrides, "seed": seed, "forget": forget})
     if settings.forget not in SKILLS:
         raise OrganismError(f"forget must be one of {', '.join(SKILLS)}, got {settings.forget!r}.")
-    if settings.n_instances + settings.n_holdout > 8000:
-        raise OrganismError("A skill has too few distinct instances for more than 8000, held-out ones included.")
+    if settings.n_instances + settings.n_holdout > MOST:
+        raise OrganismError(f"Translation has too few distinct instances for more than {MOST}, held-out ones included.")
     if settings.d_model % (2 * settings.n_heads):
         raise OrganismError(
             f"d_model must be a multiple of 2 * n_heads, got {settings.d_model} and {settings.n_heads} heads."
@@ -247,7 +243,7 @@ class SkillsOrganism(Organism):
         return {k: v for k, v in found.items() if k != "forget"} if role == "original" else found
 
     def _make_tokenizer(self) -> Any:
-        words = ["add", "and", "copy", "sort", "say", ":", *string.digits, *LETTERS, *FOREIGN, *FOREIGN.values()]
+        words = ["add", "copy", "sort", "say", ":", *string.digits, *LETTERS, *FOREIGN, *FOREIGN.values()]
         return train_tokenizer([word for word in words for _ in range(64)], (), self.settings["vocab_size"])
 
     def _make_model(self, d_vocab: int) -> Any:
