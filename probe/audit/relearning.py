@@ -165,7 +165,7 @@ class Relearning(Part):
 
     Attributes:
         lrs: Learning rates. The published attacks take 1e-5 to 2e-5 on models of billions of parameters; the defaults
-            suit organisms, which are trained at 3e-3.
+            suit organisms, which are trained at 3e-3 (at 1e-4, 20 steps brought back less in every kind of run).
         fractions: Shares of the attacker's facts, each a set of runs.
         control: Whether to run on retain rows too.
         eval_at: Steps at which is tested; the last is where a run ends.
@@ -173,12 +173,12 @@ class Relearning(Part):
         limit: Test rows.
     """
 
-    lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    lrs: tuple[float, ...] = (3e-4, 1e-3)
     fractions: tuple[float, ...] = (0.25, 1.0)
     control: bool = True
     eval_at: tuple[int, ...] = (0, 2, 5, 10, 20)
     batch_size: int = 8
-    limit: int | None = 48
+    limit: int | None = 40
 
     name: ClassVar[str] = "relearning"
     title: ClassVar[str] = "relearning from a few of the forgotten facts"
