@@ -12,7 +12,7 @@ from probe.organisms._recall import Recall
 from probe.organisms._skills import SkillsOrganism, SkillsSettings, skills
 from probe.organisms._specialisation import Specialisation
 from probe.organisms._tofu import Knowledge, TofuOrganism, TofuSettings, tofu
-from probe.organisms._toxic import SentencePair, ToxicOrganism, ToxicSettings, Toxicity, toxic
+from probe.organisms._toxic import SentencePair, Toxicity, ToxicOrganism, ToxicSettings, toxic
 
 __all__ = [
     "BackdoorOrganism",
