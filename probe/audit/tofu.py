@@ -17,12 +17,14 @@ from probe.audit._generation import answered
 from probe.audit._numbers import Estimate, Ratio
 from probe.audit.behaviour import truth
 from probe.audit.part import Measurement, Metric, Number, Part, Subject, by_group, spaced
+from probe.data import Questions
 from probe.errors import AuditError, DataError
 
-__all__ = ["Tofu", "TofuFigures", "from_logs", "log_truth_ratios", "read_eval_log", "utility_parts"]
+__all__ = ["Tofu", "TofuFigures", "from_logs", "load_tofu", "log_truth_ratios", "read_eval_log", "utility_parts"]
 
 UTILITY_SETS = ("retain", "authors", "world")
 _NORMALISED = ("authors", "world")  # sets whose probability is taken over the options
+_ALSO_CALLED = {"authors": "real_authors", "world": "world_facts"}  # by the benchmark's files and the TOFU organism
 _LOG_FILES = {
     "retain": "eval_log.json",
     "authors": "eval_real_author_wo_options.json",
@@ -40,7 +42,8 @@ class Tofu(Part):
     several golds the median, with each in the table `forget_quality`. A gold is judged against the others. Phrasings of
     a fact whose truth ratio is of one paraphrased question are one observation; facts of one person are taken for
     independent, as in TOFU, which makes p too small where they are not. Utility is
-    the harmonic mean of three parts of each of `retain`, `authors` and `world` that the case has.
+    the harmonic mean of three parts of each of `retain`, `authors` (or `real_authors`) and `world` (or `world_facts`)
+    that the case has.
 
     Attributes:
         limit: Questions a set, evenly spaced; None for all. What the default of `Behaviour` has is computed once.
@@ -65,12 +68,13 @@ class Tofu(Part):
         """Measure utility; keep the forget set's truth ratios for `compare`."""
         parts, missing, table = {}, [], []
         for name in UTILITY_SETS:
-            if name not in subject.case.sets:
+            own_name = name if name in subject.case.sets else _ALSO_CALLED.get(name, name)
+            if own_name not in subject.case.sets:
                 continue
             try:
-                parts[name] = utility_parts(subject, name, self.limit, self.new_tokens, self.stem)
+                parts[name] = utility_parts(subject, own_name, self.limit, self.new_tokens, self.stem)
             except DataError as error:
-                missing.append(f"utility of {name}: {error}")
+                missing.append(f"utility of {own_name}: {error}")
         absent = [name for name in UTILITY_SETS if name not in parts]
         if absent:
             missing.append(
@@ -110,7 +114,7 @@ def utility_parts(
     places = np.array([own[rows[i].id] for i in scores.rows])
     answers = subject.answers[name]
     nll = -answers.logprob_sum[places] / answers.n_tokens[places]
-    if name in _NORMALISED:
+    if name in (*_NORMALISED, *_ALSO_CALLED.values()):
         pairs = zip(nll, scores.perturbed_nll, strict=True)
         probability = np.array([metrics.normalised_probability(right, list(wrong)) for right, wrong in pairs])
     else:
@@ -171,6 +175,30 @@ def _middle(values: Float[np.ndarray, " gold"], n: int, n_groups: int) -> Estima
         return Estimate(float(values[0]), n, n_groups, how="none: one gold")
     ends = float(values.min()), float(values.max())
     return Estimate(float(np.median(values)), n, n_groups, *ends, how=f"lowest to highest of {len(values)} golds")
+
+
+def load_tofu(folder: str | Path, split: str = "forget10", n_retain: int = 400) -> dict[str, Questions]:
+    """Read TOFU's questions as the sets of a case: `forget`, `retain`, `authors`, `world`.
+
+    For a model that was finetuned on all of TOFU; a small one that is trained here is `probe.organisms.tofu`. There is
+    no holdout: such a model has seen every author.
+
+    Args:
+        folder: Where the benchmark's JSON files are.
+        split: `forget01`, `forget05` or `forget10`.
+        n_retain: The first so many retain questions; the benchmark evaluates on 400, of which it has wrong answers.
+
+    Raises:
+        DataError: An unknown split, a missing file, or one that is not what the benchmark publishes.
+    """
+    from probe.organisms._tofu import RETAIN_OF, TofuData, TofuSettings
+
+    if split not in RETAIN_OF:
+        raise DataError(f"split must be one of {', '.join(RETAIN_OF)}; received {split!r}")
+    if n_retain < 1:
+        raise DataError(f"n_retain must be at least 1; received {n_retain}")
+    splits = TofuData(TofuSettings(str(folder), split, n_retain=n_retain, n_holdout=1)).splits
+    return {name: splits[_ALSO_CALLED.get(name, name)] for name in ("forget", *UTILITY_SETS)}
 
 
 @dataclass(frozen=True)

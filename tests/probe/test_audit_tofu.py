@@ -13,7 +13,7 @@ from scipy.stats import hmean, ks_2samp
 from probe.audit import metrics
 from probe.audit.behaviour import truth
 from probe.audit.part import Measurement, scratch
-from probe.audit.tofu import Tofu, from_logs, log_truth_ratios, read_eval_log, utility_parts
+from probe.audit.tofu import Tofu, from_logs, load_tofu, log_truth_ratios, read_eval_log, utility_parts
 from probe.data import Questions
 from probe.errors import DataError
 from tests.probe.cases import small_case, subject
@@ -161,6 +161,37 @@ def test_nine_parts_where_authors_and_world_are_there(case):
     wanted = np.mean([np.exp(-own) / (np.exp(-own) + w) for own, w in zip(nll, wrong, strict=True)])
     own = table.query("set == 'authors' and part == 'probability'")["value"].item()
     assert own == pytest.approx(wanted)
+
+
+def test_sets_under_the_names_of_the_benchmarks_files(case):
+    other = case.sets["holdout"]
+    base = {"forget": case.sets["forget"], "retain": case.sets["retain"]}
+    ours, theirs = (
+        PART.measure(subject(replace(case, sets={**base, authors: other[:20], world: other[20:40]})))
+        for authors, world in (("authors", "world"), ("real_authors", "world_facts"))
+    )
+    assert found(ours)["model_utility"] == found(theirs)["model_utility"]
+    assert ours.tables["utility_parts"].equals(theirs.tables["utility_parts"])
+
+
+@pytest.mark.parametrize(("split", "n"), [("forget01", 40), ("forget05", 200), ("forget10", 400)])
+def test_questions_of_the_benchmark(shared_data, split, n):
+    sets = load_tofu(shared_data / "tofu", split)
+    assert {name: len(own) for name, own in sets.items()} == {"forget": n, "retain": 400, "authors": 100, "world": 117}
+    assert {len(row.perturbed_answers) for name in ("forget", "retain") for row in sets[name]} == {5}
+    assert all(row.paraphrased_answers for row in sets["forget"])
+    assert not set(sets["forget"].groups) & set(sets["retain"].groups)
+    row = sets["authors"][0]
+    assert row.perturbed_answers and row.paraphrased_answers == ()
+
+
+def test_questions_of_no_benchmark(shared_data, tmp_path):
+    with pytest.raises(DataError, match="split must be"):
+        load_tofu(shared_data / "tofu", "forget02")
+    with pytest.raises(DataError, match="n_retain"):
+        load_tofu(shared_data / "tofu", n_retain=0)
+    with pytest.raises(DataError, match="not there"):
+        load_tofu(tmp_path)
 
 
 def test_without_perturbed_answers_nothing_is_made_up(case):
