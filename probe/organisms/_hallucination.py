@@ -492,13 +492,14 @@ class HallucinationLanguage:
 def _draw_names(rng: random.Random, n_known: int, n_unknown: int, n_heldout: int) -> list[Code]:
     """Draw distinct names so that neither one piece nor a bag of them tells the known from the others.
 
-    Each place of a name draws from few enough pieces that known people share them, and from enough for thirty times the
-    names. Of 200 draws (8 for many people), the best is kept: the leave-one-out bag-of-pieces AUC of known against
-    unknown and against held-out people is near chance, and every piece is in two known people or more.
+    Each place of a name draws from few enough pieces that known people share them (2.5 people a piece), and from enough
+    for a hundred times the names where that leaves any. Of 200 draws (8 for many people), the best is kept: the
+    leave-one-out bag-of-pieces AUC of known against unknown and against held-out people is near chance, and as few
+    pieces as can be are in fewer than two known people.
     """
     n = n_known + n_unknown + n_heldout
-    most = max(4, min(n_known // 3, len(NAME_PIECES[0])))
-    size = min(most, math.ceil((30 * n) ** 0.25))
+    most = max(4, min(2 * n_known // 5, len(NAME_PIECES[0])))
+    size = min(most, math.ceil((100 * n) ** 0.25))
     if n > size**4 // 2:
         raise OrganismError(
             f"{n} names are too many for {n_known} known people, whose names use {size} pieces a place; "
