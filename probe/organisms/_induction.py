@@ -99,7 +99,6 @@ SIZES: dict[str, InductionSettings] = {
         n_checkpoints=8,
         d_model=64,
         n_heads=2,
-        epochs=3,
         lr=5e-3,
     ),
     "large": InductionSettings(

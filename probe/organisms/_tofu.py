@@ -86,7 +86,7 @@ class TofuSettings:
 SIZES: dict[str, TofuSettings] = {
     "default": TofuSettings(),
     "small": TofuSettings(
-        n_forget=8, n_retain=16, n_holdout=8, n_known=8, d_model=64, n_layers=2, d_mlp=256, epochs=60, batch_size=8,
+        n_forget=8, n_retain=16, n_holdout=8, n_known=8, d_model=64, n_layers=2, d_mlp=256, epochs=45, batch_size=8,
         lr=5e-3, vocab_size=1024,
     ),
     "large": TofuSettings(
