@@ -101,7 +101,7 @@ def tune_prompt(
     table = model.hf.get_input_embeddings().weight.detach().float()
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(table), (n_tokens,), generator=generator)
-    prompt = table[drawn.to(table.device)].clone().requires_grad_()
+    prompt: Tensor = table[drawn.to(table.device)].clone().requires_grad_()
     optimiser = torch.optim.Adam([prompt], lr=lr * float(table.std()))
     with frozen(model), eval_mode(model.hf), torch.enable_grad():
         for step, batch in zip(range(1, steps + 1), _batches(rows, batch_size, seed), strict=False):

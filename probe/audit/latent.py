@@ -35,7 +35,8 @@ __all__ = ["Latent", "project", "search", "wrong_answers"]
 def project(delta: Float[Tensor, "... d"], radius: Float[Tensor, "..."]) -> Float[Tensor, "... d"]:
     """The nearest point of the L2 ball of each vector's radius."""
     norm = delta.norm(dim=-1)
-    return delta * (radius / norm.clamp_min(1e-30)).clamp_max(1.0)[..., None]
+    shrunk: Tensor = delta * (radius / norm.clamp_min(1e-30)).clamp_max(1.0)[..., None]
+    return shrunk
 
 
 def search(
@@ -200,7 +201,9 @@ class Latent(Part):
         case, model = subject.case, subject.model
         chosen, wrong = self._rows(case)
         right, control = (tokens(model, rows, case) for rows in (chosen, wrong))
-        settings, hits, misses = [], [], []
+        settings: list[dict[str, Any]] = []
+        hits: list[np.ndarray] = []
+        misses: list[np.ndarray] = []
         for setting in self._settings(model):
             settings.append(setting)
             for rows, found in ((right, hits), (control, misses)):
@@ -243,4 +246,4 @@ class Latent(Part):
 
 def tokens(model: Model, rows: Questions, case: Case) -> list[AnswerTokens]:
     """Questions with their answers as the model reads them."""
-    return answertokens(model, [(row.question, row.answer) for row in rows], bos=case.bos, chat=case.chat)
+    return answer_tokens(model, [(row.question, row.answer) for row in rows], bos=case.bos, chat=case.chat)
