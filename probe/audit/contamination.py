@@ -179,7 +179,8 @@ def min_k_contamination(
     own = _groups(items, groups)
     score = partial(token_stats, model, batch_size=batch_size, bos=bos)
     scores = min_k(score(list(items)).logprob, k)
-    unknown, comparison, missing = np.full(len(items), np.nan), None, ("no clean texts to compare with",)
+    unknown, comparison = np.full(len(items), np.nan), None
+    missing: tuple[str, ...] = ("no clean texts to compare with",)
     if clean is not None:
         names = [f"clean {i}" for i in range(len(clean))]
         others = min_k(score(list(clean)).logprob, k)
@@ -300,7 +301,8 @@ def guided_completion(
     rouge = np.array([rouge_l(text, halves[i % len(halves)][1]).f1 for i, text in enumerate(made)]).reshape(2, -1)
     difference, unknown = rouge[0] - rouge[1], np.full(len(items), np.nan)
     ratio = by_group(difference, own)
-    comparison, missing = None, ("one group only, which has no spread",)
+    comparison = None
+    missing: tuple[str, ...] = ("one group only, which has no spread",)
     if len(ratio.top) > 1:
         p = float((1 + (ratio.draws(n_boot, seed) <= 0).sum()) / (1 + n_boot))
         comparison = Estimate(p, len(items), len(ratio.top), how="none: a p-value, one-sided bootstrap over groups")

@@ -11,6 +11,7 @@ import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -125,14 +126,13 @@ def results_table(found: Mapping[str, Any]) -> pd.DataFrame:
 
 def _imported() -> tuple[Any, Any, Any]:
     try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
+        names = ("lm_eval", "lm_eval.tasks", "lm_eval.models.huggingface")
+        evaluator, tasks, models = (import_module(name) for name in names)
     except ImportError as error:
         raise AuditError(
             f"utility by tasks needs lm-evaluation-harness ({error}); install the extra: pip install 'probe[harness]'"
         ) from error
-    return simple_evaluate, TaskManager, HFLM
+    return evaluator.simple_evaluate, tasks.TaskManager, models.HFLM
 
 
 def _adapted(adapter: Any, model: Model, batch_size: int, bos: bool | None) -> Any:

@@ -202,11 +202,11 @@ class _Scores:
 
 
 def _named(requests: Mapping[str, Questions] | Sequence[Questions], retain: Questions) -> dict[str, Questions]:
-    if isinstance(requests, (Mapping, Sequence)) and not isinstance(requests, Questions):
-        pairs = requests.items() if isinstance(requests, Mapping) else enumerate(requests, start=1)
-        named = {key if isinstance(key, str) else f"request {key}": rows for key, rows in pairs}
-    else:
-        raise DataError(f"requests must be a list or mapping of Questions; received {type(requests).__name__}")
+    given: Any = requests
+    if isinstance(given, Questions) or not isinstance(given, (Mapping, Sequence)):
+        raise DataError(f"requests must be a list or mapping of Questions; received {type(given).__name__}")
+    pairs = given.items() if isinstance(given, Mapping) else enumerate(given, start=1)
+    named: dict[str, Questions] = {key if isinstance(key, str) else f"request {key}": rows for key, rows in pairs}
     if len(named) < 2:
         raise DataError(f"at least two requests are needed; received {len(named)}")
     if {"retain", "all"} & set(named):

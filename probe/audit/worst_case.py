@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -48,8 +48,8 @@ class WorstCase:
     @property
     def worst(self) -> tuple[str, ...]:
         """The hardest subset of all that were tried."""
-        found: tuple[str, ...] = self.table.loc[self.table["hardness"].idxmax(), "groups"]
-        return found
+        at = int(np.argmax(self.table["hardness"].to_numpy(dtype=float)))
+        return tuple(self.table["groups"].iloc[at])
 
     def percentile(self, how: str) -> float:
         """Share of the random subsets that are easier than the hardest that `how` found, ties counted half.
@@ -142,7 +142,7 @@ def worst_case(
 class _Known:
     """Each subset's hardness, computed once."""
 
-    def __init__(self, hardness: Hardness, bar: tqdm) -> None:
+    def __init__(self, hardness: Hardness, bar: tqdm[Any]) -> None:
         self.hardness, self.bar = hardness, bar
         self.found: dict[tuple[str, ...], float] = {}
 
