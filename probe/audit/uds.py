@@ -75,7 +75,7 @@ class UDS(Part):
     evidence: ClassVar[tuple[tuple[str, str], ...]] = (("forget", "uds_retained"),)
 
     def measure(self, subject: Subject) -> Measurement:
-        """Keep the subject's states for `compare`; of the original, which reads them, one site's are enough.
+        """Keep the subject's states for `compare`, when the original has its own weights.
 
         Raises:
             AuditError: States that are not finite.
