@@ -133,7 +133,7 @@ class Behaviour(Part):
     """
 
     limit: int | None = 100
-    other_limit: int | None = 32
+    other_limit: int | None = 24
     new_tokens: int = 32
     stem: bool = False
 

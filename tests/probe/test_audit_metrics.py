@@ -74,7 +74,8 @@ def test_porter_stems_of_the_paper():
         "caresses": "caress", "ponies": "poni", "cats": "cat", "feed": "feed", "agreed": "agre",
         "plastered": "plaster", "motoring": "motor", "sing": "sing", "conflated": "conflat", "sized": "size",
         "hopping": "hop", "falling": "fall", "filing": "file", "happy": "happi", "sky": "sky",
-        "relational": "relat", "digitizer": "digit", "triplicate": "triplic", "electrical": "electr", "adoption": "adopt",
+        "relational": "relat", "digitizer": "digit", "triplicate": "triplic", "electrical": "electr",
+        "adoption": "adopt",
         "controll": "control", "rate": "rate", "bowdlerize": "bowdler", "dies": "die", "is": "is",
     }  # fmt: skip
     assert {word: porter_stem(word) for word in pairs} == pairs
