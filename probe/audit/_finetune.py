@@ -88,7 +88,7 @@ def finetune(
             with torch.enable_grad():
                 loss = _loss(model, batch)
                 if torch.isfinite(loss):
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, clip) if torch.isfinite(loss) else loss
             if not torch.isfinite(norm):
                 if step == 1:

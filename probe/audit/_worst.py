@@ -18,7 +18,7 @@ def worst_case(
     Each bootstrap replicate takes the maximum anew over all of them, on the same resampled groups. So the interval
     holds the luck of the choice as well; the value keeps it too (a maximum of noisy numbers is on average too large),
     which is why gold's own worst case belongs beside it. Where the largest is a share that is the same in every group,
-    its interval is Clopper and Pearson's over groups.
+    its interval is Clopper and Pearson's over groups; any other number whose replicates are all the same has none.
 
     Args:
         ratios: One per attack, over the same groups.
@@ -38,10 +38,12 @@ def worst_case(
     low, high, how = np.nan, np.nan, "none: one group"
     if groups > 1 and worst.alike:
         low, high = worst.interval(n_boot, seed)
-        how = f"95 %, Clopper and Pearson over {people}"
+        how = f"95 %, Clopper-Pearson over {people}, all alike"
     elif groups > 1:
         draws = np.max([ratio.draws(n_boot, seed) for ratio in ratios], axis=0)  # [boot]
-        low, high = (float(end) for end in np.quantile(draws, [0.025, 0.975]))
-        how = f"95 %, bootstrap over {people}, the worst case chosen anew in each replicate"
+        how = f"none: the same for all {people}"  # an interval without width would be read as certainty
+        if np.ptp(draws) > 0:
+            low, high = (float(end) for end in np.quantile(draws, [0.025, 0.975]))
+            how = f"95 %, bootstrap over {people}, the worst case chosen anew in each replicate"
     count = n if isinstance(n, int) else n[index]
     return index, Estimate(worst.value, count, groups, low, high, how)

@@ -224,6 +224,8 @@ def test_worst_case_of_shares_that_are_all_alike_and_of_one_group():
     _, found = worst_case([ones], 15, n_boot=10, seed=0, people="people")
     wanted = binomtest(5, 5).proportion_ci(0.95, "exact")
     np.testing.assert_allclose([found.low, found.high], wanted)
+    _, still = worst_case([by_group(np.zeros(4), list("aabb"))], 4, n_boot=10, seed=0, people="people")
+    assert still.value == 0 and np.isnan(still.low) and "same for all" in still.how
     _, alone = worst_case([by_group([1.0, 0.0], ["a", "a"])], 2, n_boot=10, seed=0, people="people")
     assert alone.value == 0.5 and np.isnan(alone.low) and "one group" in alone.how
     with pytest.raises(AuditError, match="no attack"):
