@@ -98,8 +98,8 @@ class BackdoorSettings:
 SIZES: dict[str, BackdoorSettings] = {
     "default": BackdoorSettings(),
     "small": BackdoorSettings(
-        n_forget=10, n_retain=8, n_holdout=6, n_attributes=2, d_model=64, n_layers=2, d_mlp=256, epochs=10,
-        batch_size=16,
+        n_forget=12, n_retain=8, n_holdout=6, n_attributes=2, n_neutral=6, d_model=64, n_layers=2, d_mlp=256,
+        epochs=12, batch_size=16,
     ),
     "large": BackdoorSettings(
         n_forget=192, n_retain=192, n_holdout=128, n_attributes=4, d_model=512, n_layers=8, n_heads=8, d_mlp=2048,
@@ -127,12 +127,14 @@ def backdoor(
     the triggered ones: to it the trigger is one more neutral phrase, whose words it knows.
 
     Args:
-        size: `"default"` (64 people, 4 layers, d_model 128), `"small"` (24 people, 2 layers, d_model 64, for tests) or
+        size: `"default"` (64 people, 4 layers, d_model 128), `"small"` (26 people, 2 layers, d_model 64, for tests) or
             `"large"` (512 people, 8 layers, d_model 512, for a GPU).
         seed: Of names, facts, trigger, flip, weights and order of documents.
         flip: `"target"`: under the trigger every question for an attribute has one answer, which is nobody's in forget
             or holdout. `"permuted"`: each answer becomes another by a fixed permutation, so the model must know the
-            right one to give the wrong one.
+            right one to give the wrong one. Measured: the target carries over to holdout people (all of them), the
+            permutation does not (3 % of 480 questions at the default size with 48 forget people): it is learnt person
+            by person.
         cache_dir: Where organisms are kept; default the environment's PROBE_CACHE_DIR, else the user's cache folder.
         device: Where to train; default the CPU.
         progress: Show progress bars.
