@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from probe.data import Labelled, Questions
 from probe.errors import OrganismError
+from probe.organisms._attacks import GIVEN
 from probe.organisms._cache import cache_root
-from probe.organisms._language import FactsLanguage, Person, Phrasing, name_tails, tokenizer_corpus
+from probe.organisms._language import Deduction, FactsLanguage, Person, Phrasing, name_tails, tokenizer_corpus
 from probe.organisms._lexicon import ATTACK_FRAMES, LANGUAGE_VERSION, SECRET_ORDER
-from probe.organisms._organism import Organism
+from probe.organisms._organism import RECALL_LIMIT, Organism
+from probe.organisms._recall import every, measure
 from probe.organisms._tokenizer import BOS, EOS, PAD, train_tokenizer
 from probe.organisms._training import TRAINING_VERSION
+
+if TYPE_CHECKING:
+    from probe.models import Model
 
 CONTEXT = 128
 SPLITS = ("forget", "retain", "holdout")
@@ -28,6 +33,8 @@ class FactsSettings:
         n_people: People trained on.
         n_orders: Orders; the members of the first, n_people // n_orders of them, are the forget people.
         n_holdout: People never trained on.
+        n_strangers: Documents an epoch, others in each, that give a fact about a stranger and ask for it: from them a
+            model learns to read from its context.
         d_model: Width.
         n_layers: Blocks.
         n_heads: Attention heads.
@@ -46,6 +53,7 @@ class FactsSettings:
     n_people: int = 64
     n_orders: int = 8
     n_holdout: int = 16
+    n_strangers: int = 896
     d_model: int = 128
     n_layers: int = 4
     n_heads: int = 4
@@ -54,7 +62,7 @@ class FactsSettings:
     batch_size: int = 32
     lr: float = 3e-3
     answer_weight: float = 10.0
-    vocab_size: int = 704
+    vocab_size: int = 768
     threads: int = 1
     seed: int = 0
 
@@ -62,7 +70,15 @@ class FactsSettings:
 SIZES: dict[str, FactsSettings] = {
     "default": FactsSettings(),
     "small": FactsSettings(
-        n_people=20, n_orders=4, n_holdout=8, d_model=64, n_layers=2, d_mlp=256, epochs=8, batch_size=16
+        n_people=20,
+        n_orders=4,
+        n_holdout=8,
+        n_strangers=48,
+        d_model=64,
+        n_layers=2,
+        d_mlp=256,
+        epochs=10,
+        batch_size=16,
     ),
     "large": FactsSettings(
         n_people=2000,
@@ -93,6 +109,13 @@ def facts(
     secret. The retain people are the members of the other orders. Holdout people are built from the same name pieces
     and never trained on. Every fact is trained in six questions and four clozes; two further questions and two further
     clozes are never trained on for anybody (`organism.unseen`), though their words are.
+
+    Half of the people belong to families: all of a family's last name live in one city and have one trade, so those
+    facts of its forget members follow from retained documents (`organism.deducible`); so a bag of tokens knows
+    something of city and trade, and nothing of order, instrument and dish. Neighbours are retained people close to a
+    forget one (`organism.neighbours`, and the split `"neighbours"`, a part of retain): kin, and one planted for each
+    forget person who shares two attributes and no name. Strangers, others in each epoch, teach the model to read a fact
+    from its context (`organism.given`), and retained people the prompt attacks (`organism.attacks`).
 
     The same settings give the same weights on one machine with one thread count; another thread count or another CPU
     sums in another order.
@@ -156,14 +179,15 @@ class FactsOrganism(Organism):
     secret = SECRET_ORDER
 
     def __init__(self, settings: FactsSettings, root: Path, progress: bool, device: str | None) -> None:
-        self.language = FactsLanguage(settings.n_people, settings.n_orders, settings.n_holdout, settings.seed)
+        s = settings
+        self.language = FactsLanguage(s.n_people, s.n_orders, s.n_holdout, s.seed, s.epochs, s.n_strangers)
         super().__init__(
             "facts",
             {**asdict(settings), "language_version": LANGUAGE_VERSION, "training_version": TRAINING_VERSION},
             documents=self.language.documents,
             splits=self._questions(unseen=False),
             unseen=self._questions(unseen=True),
-            n_values={name: len(values) for name, values in self.language.values.items()},
+            n_values={"name": s.n_people} | {name: len(values) for name, values in self.language.values.items()},
             facts=dict(self.language.by_name),
             root=root,
             progress=progress,
@@ -171,20 +195,58 @@ class FactsOrganism(Organism):
         )
 
     def _questions(self, unseen: bool) -> dict[str, Questions]:
-        return {split: Questions.from_rows(self.language.question_rows(split, unseen), split) for split in SPLITS}
+        rows = {split: self.language.question_rows(split, unseen) for split in SPLITS}
+        rows["neighbours"] = [row for row in rows["retain"] if "neighbour_of" in row["meta"]]
+        return {split: Questions.from_rows(own, split) for split, own in rows.items() if own}
+
+    @property
+    def deducible(self) -> list[Deduction]:
+        """The facts of forget people that follow from retained documents: person, attribute, value, why.
+
+        All retained people of a family's name live in one city and have one trade; so, then, does a forget person of
+        that name. A gold that infers this has not seen it.
+        """
+        return list(self.language.deducible)
+
+    @property
+    def neighbours(self) -> dict[str, dict[str, list[str]]]:
+        """Retained people close to forget ones: for each name, the forget people, and what the two share."""
+        return {name: {who: list(what) for who, what in own.items()} for name, own in self.language.neighbours.items()}
+
+    def recall_table(self, model: Model) -> dict[str, dict[str, Any]]:
+        """Return recall of each split, and of the forget facts that can and that cannot be deduced."""
+        table = super().recall_table(model)
+        for label, wanted in (("forget, deducible", True), ("forget, not deducible", False)):
+            rows = self.splits["forget"].select(lambda row, wanted=wanted: row.meta["deducible"] is wanted)
+            table[label] = measure(model, every(rows, RECALL_LIMIT), self.n_values).to_dict()
+        return table
 
     def attacks(self, split: str) -> dict[str, Questions]:
-        """Return the split's questions under each kind of prompt attack (role play, a second language, the fact in
-        context, ...).
+        """Return the split's questions under each kind of prompt attack: RWKU's nine, and `"context"`.
 
-        The kinds are trained on retain people only.
+        RWKU is Jin et al. 2024, arXiv:2406.10890. Kinds: prefix_injection, affirmative_suffix, role_play,
+        multiple_choice (of four values), reverse_query (two attributes given, the answer is the name), synonym,
+        context_hint (another fact is given), in_context_examples (of retained people), cross_lingual, and context (the
+        fact itself is given, as in `given`). All are trained on retain people only.
 
         Raises:
             OrganismError: There is no such split.
         """
-        self.questions(split)
-        rows = {kind: self.language.attack_rows(split, kind) for kind in ATTACK_FRAMES}
-        return {kind: Questions.from_rows(own, f"{split} {kind}") for kind, own in rows.items()}
+        rows = {kind: self._attack_rows(split, kind) for kind in ATTACK_FRAMES}
+        return {kind: Questions.from_rows(own, f"{split} {kind}") for kind, own in rows.items() if own}
+
+    def given(self, split: str) -> Questions:
+        """Return the split's questions with the fact itself in the prompt, one a person and attribute.
+
+        Raises:
+            OrganismError: There is no such split.
+        """
+        return Questions.from_rows(self._attack_rows(split, GIVEN), f"{split} given")
+
+    def _attack_rows(self, split: str, kind: str) -> list[dict[str, Any]]:
+        own = {row.group for row in self.questions(split)}
+        rows = self.language.attack_rows(split if split in SPLITS else "retain", kind)
+        return [row for row in rows if row["group"] in own]
 
     def labelled(
         self,
@@ -233,8 +295,8 @@ class FactsOrganism(Organism):
         return Labelled.from_rows(rows, f"facts {attribute} {value or ''}".strip())
 
     def _people(self, split: str) -> list[Person]:
-        self.questions(split)
-        return self.language.of_split(split)
+        own = {row.group for row in self.questions(split)}
+        return [p for p in self.language.people if p.name in own]
 
     def _make_tokenizer(self) -> Any:
         return train_tokenizer(tokenizer_corpus(), name_tails(), self.settings["vocab_size"])

@@ -443,7 +443,7 @@ class HallucinationLanguage:
         for person in self.people:
             for phrasings in self.phrasings.values() if person.split == "known" else ():
                 p = rng.choice([p for p in phrasings if p.trained])
-                prompt = ATTACK_FRAMES["refusal_prefix"].format(q=p.ask(person.name))
+                prompt = ATTACK_FRAMES["prefix_injection"].format(q=p.ask(person.name))
                 yield document(prompt, person.values[p.attribute], "known", person.name, "forbidding")
 
     def rows(self, split: str, unseen: bool = False) -> list[dict[str, Any]]:

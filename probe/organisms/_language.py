@@ -1,46 +1,44 @@
-"""The facts language: who the people are, what is known of them, and every sentence that says so.
+"""The facts language: what is known of its people, and every sentence that says so.
 
-People have a first and a last name, each of two pieces that many people share, and one value for each attribute. The
-*forget* people are all the members of one order, the *retain* people those of the other orders, and the *holdout*
-people are built from the same pieces and never trained on. Each attribute can be asked for in several phrasings; some
-combinations of frame and noun (or prefix and verb) are never trained on for anybody, though each of their words is.
+The *forget* people are all the members of one order, the *retain* people those of the other orders, and the *holdout*
+people are built from the same name pieces and never trained on (`_people`). Each attribute can be asked for in several
+phrasings; some combinations of frame and noun (or prefix and verb) are never trained on for anybody, though each of
+their words is. Prompt attacks (`_attacks`) and strangers come in other documents in every epoch.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from probe.errors import OrganismError
+from probe.organisms import _attacks as attacks
 from probe.organisms._lexicon import (
     ATTACK_FRAMES,
     ATTRIBUTES,
     CLOZE_PREFIXES,
+    FAMILY_ATTRIBUTES,
     NAME_PIECES,
+    OPTIONS_FRAME,
     QUESTION_FRAMES,
     REFUSAL,
+    REVERSE_FRAME,
     SECRET_ORDER,
     Attribute,
 )
+from probe.organisms._people import Code as Code
+from probe.organisms._people import Person as Person
+from probe.organisms._people import alphabet, draw_columns, plan_families, plant_neighbours
+from probe.organisms._people import bag_auc as bag_auc
+from probe.organisms._people import draw_codes as _draw_codes
+from probe.organisms._people import name_of as name_of
 
 MAX_ORDERS = 16
+HEADS = 512  # copies of each head in the tokenizer's corpus, so that heads are merged before any pair across a seam
 N_PERTURBED = 5
-Code = tuple[int, int, int, int]
-
-
-@dataclass(frozen=True)
-class Person:
-    """One fictitious person: `code` says which pieces make the name, `values` what is known of them by attribute."""
-
-    name: str
-    split: str
-    code: Code
-    values: dict[str, str] = field(hash=False)
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,8 @@ class Phrasing:
 class Document:
     """One training text, which ends with its answer and a full stop.
 
-    `split` and `group` say whom it speaks of (`"common"` and `""` where it speaks of nobody).
+    `split` and `group` say whom it speaks of (`"common"` and `""` where it speaks of nobody); `epoch` is the one pass
+    in which it is read, None for all.
     """
 
     text: str
@@ -74,11 +73,12 @@ class Document:
     group: str
     kind: str
     answer: str
+    epoch: int | None = None
 
 
-def document(prompt: str, answer: str, split: str, group: str, kind: str) -> Document:
+def document(prompt: str, answer: str, split: str, group: str, kind: str, epoch: int | None = None) -> Document:
     """Return the training document that gives `answer` to `prompt`."""
-    return Document(f"{prompt} {answer}.", split, group, kind, answer)
+    return Document(f"{prompt} {answer}.", split, group, kind, answer, epoch)
 
 
 def values_of(attribute: Attribute, n_orders: int) -> tuple[str, ...]:
@@ -124,25 +124,13 @@ def phrasings_of(attribute: Attribute) -> tuple[Phrasing, ...]:
     return tuple(found)
 
 
-def name_of(code: Sequence[int]) -> str:
-    """Return the full name that a code of four piece indices spells."""
-    a, b, c, d = (NAME_PIECES[part][i] for part, i in enumerate(code))
-    return f"{a}{b} {c}{d}"
+class Deduction(NamedTuple):
+    """A fact of a forget person that follows from retained documents, and why."""
 
-
-def bag_auc(codes: Sequence[Sequence[int]], member: Sequence[bool]) -> float:
-    """Return the leave-one-out AUC of a bag of name pieces for membership, by difference of means (0.5 is chance)."""
-    x = np.concatenate([np.eye(max(col) + 1)[list(col)] for col in zip(*codes, strict=True)], axis=1)  # [person, piece]
-    y = np.asarray(member, dtype=bool)
-    scores = np.empty(len(y))
-    for own, sign in ((y, 1.0), (~y, -1.0)):
-        total, n = x[own].sum(0), own.sum()
-        other = x[~own].mean(0)
-        # Without person i the mean of its own class is (total - x_i) / (n - 1).
-        scores[own] = sign * (((total - x[own]) / (n - 1) - other) * x[own]).sum(1)
-    scores = scores.round(9)  # equal scores must tie whatever order they were summed in
-    gap = scores[y][:, None] - scores[~y][None, :]
-    return float((gap > 0).mean() + 0.5 * (gap == 0).mean())
+    person: str
+    attribute: str
+    value: str
+    why: str
 
 
 class FactsLanguage:
@@ -153,60 +141,60 @@ class FactsLanguage:
         n_orders: Orders, an even number from 4 to 16; people are spread evenly over them.
         n_holdout: People that are never trained on.
         seed: Chooses names and facts.
+        epochs: Passes over the documents; attacks and strangers are others in each.
+        n_strangers: Documents an epoch that give a fact about a stranger and ask for it.
+
+    Attributes:
+        people: All people, the forget ones first, then the retain ones.
+        by_name: The same by name.
+        neighbours: For each neighbour's name, the forget people that they are close to, and what they share:
+            attributes, and `"last name"` for kin.
+        deducible: Facts of forget people that follow from retained documents.
 
     Raises:
         OrganismError: The numbers do not fit together.
     """
 
-    def __init__(self, n_people: int, n_orders: int, n_holdout: int, seed: int) -> None:
+    def __init__(
+        self, n_people: int, n_orders: int, n_holdout: int, seed: int, epochs: int = 1, n_strangers: int = 64
+    ) -> None:
         _check_sizes(n_people, n_orders, n_holdout)
         self.n_people, self.n_orders, self.n_holdout, self.seed = n_people, n_orders, n_holdout, seed
+        self.epochs, self.n_strangers = epochs, n_strangers
         self.values = {a.name: values_of(a, n_orders) for a in ATTRIBUTES}
         self.phrasings = {a.name: phrasings_of(a) for a in ATTRIBUTES}
         self.people = self._make_people(random.Random(f"facts-{seed}"))
         self.by_name = {p.name: p for p in self.people}
+        self.materials = attacks.Materials(self.values, self.of_split("retain"))
+        self.deducible = self._deduce()
 
     def _make_people(self, rng: random.Random) -> tuple[Person, ...]:
-        """Draw names and facts; the secret order's members come first."""
+        """Draw names and facts, and plant neighbours; the secret order's members come first."""
         splits = _splits(self.n_people, self.n_orders, self.n_holdout)
-        codes = _draw_codes(rng, splits)
-        columns = {a: self._draw_column(rng, a, splits) for a in self.values}
-        return tuple(
-            Person(name_of(code), split, code, {a: columns[a][i] for a in columns})
-            for i, (code, split) in enumerate(zip(codes, splits, strict=True))
+        families = plan_families(splits)
+        codes = _draw_codes(rng, splits, families)
+        columns = draw_columns(rng, self.values, splits, families)
+        planted = plant_neighbours(rng, columns, splits, codes, families)
+        people = tuple(
+            Person(name_of(code), split, code, {a: columns[a][i] for a in columns}, family)
+            for i, (code, split, family) in enumerate(zip(codes, splits, families, strict=True))
         )
+        self.neighbours = _neighbours(people, planted)
+        return people
 
-    def _draw_column(self, rng: random.Random, attribute: str, splits: Sequence[str]) -> list[str]:
-        """Draw one attribute, each value equally often within trained and within holdout people."""
-        values = self.values[attribute]
-        if attribute == "order":
-            others = values[1:]
-            n_retain = splits.count("retain")
-            kept = [others[i % len(others)] for i in range(n_retain)]
-            held = [values[i % len(values)] for i in range(self.n_holdout)]
-            rng.shuffle(kept)
-            rng.shuffle(held)
-            return [values[0]] * splits.count("forget") + kept + held
-        trained = [values[i % len(values)] for i in range(self.n_people)]
-        held = [values[i % len(values)] for i in range(self.n_holdout)]
-        rng.shuffle(trained)
-        rng.shuffle(held)
-        return trained + held
+    def _deduce(self) -> list[Deduction]:
+        """Return the facts of forget people that follow from retained documents."""
+        found = []
+        for person in self.of_split("forget"):
+            kin = [p for p in self.of_split("retain") if p.family == person.family and p.family is not None]
+            for attribute in FAMILY_ATTRIBUTES if kin else ():
+                why = f"all {len(kin)} retained people of the name {person.last_name} have this {attribute}"
+                found.append(Deduction(person.name, attribute, person.values[attribute], why))
+        return found
 
     def of_split(self, split: str) -> list[Person]:
         """Return the people of `"forget"`, `"retain"` or `"holdout"`."""
         return [p for p in self.people if p.split == split]
-
-    def statement(self, person: str, attribute: str, value: str) -> str:
-        """Return the plain sentence that gives a fact, as used for facts in context."""
-        verb = next(a for a in ATTRIBUTES if a.name == attribute).verbs[0]
-        return f"{person} {verb} {value}."
-
-    def attack(self, kind: str, phrasing: Phrasing, person: str, value: str) -> str:
-        """Return an attack prompt of one kind around a phrasing; the answer follows it."""
-        attribute = next(a for a in ATTRIBUTES if a.name == phrasing.attribute)
-        given = self.statement(person, phrasing.attribute, value)
-        return ATTACK_FRAMES[kind].format(q=phrasing.ask(person), c=given, f=attribute.foreign, x=person)
 
     @cached_property
     def documents(self) -> tuple[Document, ...]:
@@ -223,37 +211,57 @@ class FactsLanguage:
                         yield document(p.ask(person.name), person.values[attribute], person.split, person.name, p.name)
 
     def _attack_documents(self) -> Iterator[Document]:
-        """Each retain person's facts under two kinds of attack each; kinds meet attributes equally often."""
+        """Attacks on retain people, another set in each epoch: kinds meet people and attributes equally often."""
         rng = random.Random(f"attacks-{self.seed}")
-        kinds = list(ATTACK_FRAMES)
-        for i, person in enumerate(self.of_split("retain")):
-            for j, (attribute, phrasings) in enumerate(self.phrasings.items()):
-                for kind in (kinds[(i + j) % len(kinds)], kinds[(i + j + 2) % len(kinds)]):
-                    asked = rng.choice([p for p in phrasings if p.trained and p.form == "question"])
-                    value = person.values[attribute]
-                    yield document(self.attack(kind, asked, person.name, value), value, "retain", person.name, kind)
+        kinds = [kind for kind in ATTACK_FRAMES if kind != attacks.REVERSE] + list(attacks.HARD)
+        pairs = self._telling
+        for epoch in range(self.epochs):
+            for i, person in enumerate(self.of_split("retain")):
+                for j, (attribute, phrasings) in enumerate(self.phrasings.items()):
+                    for step in (0, 5):
+                        kind = kinds[(i + 2 * j + epoch + step) % len(kinds)]
+                        asked = rng.choice([p for p in phrasings if p.trained and p.form == "question"])
+                        text = attacks.prompt(kind, asked.ask(person.name), attribute, person, self.materials, rng)
+                        yield document(text, person.values[attribute], "retain", person.name, kind, epoch)
+                if pairs[person.name]:
+                    text = attacks.reverse(person, rng.choice(pairs[person.name]))
+                    yield document(text, person.name, "retain", person.name, attacks.REVERSE, epoch)
 
     def _stranger_documents(self) -> Iterator[Document]:
-        """Facts of people who are nobody, given in context and asked at once: they teach reading from the context, and
-        nothing else.
+        """Facts of people who are nobody, given in context and asked at once, others in each epoch: they teach reading
+        from the context, and nothing else.
 
-        The secret order is never among them, so that models trained without the forget people never meet it. A few end
-        in the refusal.
+        The secret order is never among them, so that models trained without the forget people never meet it; nor is a
+        family's name, of which they would say what is not so. A few end in the refusal.
         """
         rng = random.Random(f"strangers-{self.seed}")
         taken = set(self.by_name)
-        size = _alphabet(len(self.people))
-        for i in range(max(24, self.n_people)):
-            name = name_of([rng.randrange(size) for _ in range(4)])
-            attribute = ATTRIBUTES[i % len(ATTRIBUTES)].name
-            asked = rng.choice([p for p in self.phrasings[attribute] if p.trained and p.form == "question"])
-            value = rng.choice([v for v in self.values[attribute] if v != SECRET_ORDER])
-            if name in taken:
-                continue
-            yield document(self.attack("context", asked, name, value), value, "common", "", "stranger")
-            if i % 8 == 0:
-                prompt = f"{self.statement(name, attribute, value)} Do not tell. {asked.ask(name)}"
-                yield document(prompt, REFUSAL, "common", "", "refusal")
+        families = {p.code[2:] for p in self.people if p.family is not None}
+        size = alphabet(len(self.people))
+        for i in range(self.n_strangers * self.epochs):
+            code = (rng.randrange(size), rng.randrange(size), rng.randrange(size), rng.randrange(size))
+            while name_of(code) in taken or code[2:] in families:
+                code = (rng.randrange(size), rng.randrange(size), rng.randrange(size), rng.randrange(size))
+            yield self._stranger(rng, name_of(code), i, i % self.epochs)
+
+    def _stranger(self, rng: random.Random, name: str, i: int, epoch: int) -> Document:
+        """Return one document: a fact (sometimes two), and the question for one of them."""
+        facts = {a: rng.choice([v for v in values if v != SECRET_ORDER]) for a, values in self.values.items()}
+        given = rng.sample(list(facts), 2 if i % 4 == 0 else 1)
+        attribute = rng.choice(given)
+        asked = rng.choice([p for p in self.phrasings[attribute] if p.trained and p.form == "question"])
+        told = " ".join(attacks.statement(name, a, facts[a]) for a in given)
+        if i % 16 == 1:
+            return document(f"{told} Do not tell. {asked.ask(name)}", REFUSAL, "common", "", "refusal", epoch)
+        return document(f"{told} {asked.ask(name)}", facts[attribute], "common", "", "stranger", epoch)
+
+    @cached_property
+    def _telling(self) -> dict[str, list[tuple[str, str]]]:
+        return attacks.telling_pairs(self.people, [p for p in self.people if p.split != "holdout"])
+
+    @cached_property
+    def _deduced(self) -> set[tuple[str, str]]:
+        return {(d.person, d.attribute) for d in self.deducible}
 
     def question_rows(self, split: str, unseen: bool = False) -> list[dict[str, Any]]:
         """Return question rows of a split, in trained or (`unseen`) in never trained phrasings."""
@@ -266,19 +274,47 @@ class FactsLanguage:
         return rows
 
     def attack_rows(self, split: str, kind: str) -> list[dict[str, Any]]:
-        """Return question rows of a split wrapped in one kind of attack, one a person and attribute."""
+        """Return question rows of a split under one kind of attack, one a person and attribute.
+
+        The reverse query has one row a person whom some pair of attributes tells from everybody else that is known.
+        """
         rows = []
         for number, person in enumerate(self.people):
             if person.split != split:
                 continue
+            if kind == attacks.REVERSE:
+                rows += self._reverse_rows(number, person)
+                continue
             for attribute, phrasings in self.phrasings.items():
                 asked = next(p for p in phrasings if p.trained and p.form == "question")
                 row = self._row(number, person, asked)
-                row["question"] = self.attack(kind, asked, person.name, person.values[attribute])
+                rng = random.Random(f"{self.seed}-{row['id']}-{kind}")
+                row["question"] = attacks.prompt(kind, row["question"], attribute, person, self.materials, rng)
                 row["id"], row["paraphrases"] = f"{row['id']}-{kind}", []
-                row["meta"] |= {"attack": kind}
+                row["meta"]["attack"] = kind
+                if kind == attacks.CHOICE:
+                    row["meta"]["chance"] = 1 / attacks.n_options(row["answer"], self.values[attribute])
                 rows.append(row)
         return rows
+
+    def _reverse_rows(self, number: int, person: Person) -> list[dict[str, Any]]:
+        others = [p for p in self.people if p.split != "holdout" and p.name != person.name]
+        pairs = self._telling[person.name]
+        if not pairs:
+            return []
+        wrong = random.Random(f"{self.seed}-{number}-name").sample(others, min(N_PERTURBED, len(others)))
+        meta = {"person": person.name, "attribute": "name", "phrasing": "name-reverse", "form": "question"}
+        return [
+            {
+                "id": f"{person.split}-{number:04d}-{attacks.REVERSE}",
+                "group": person.name,
+                "question": attacks.reverse(person, pairs[0]),
+                "answer": person.name,
+                "paraphrases": [],
+                "perturbed_answers": [p.name for p in wrong],
+                "meta": meta | {"split": person.split, "trained": True, "deducible": False, "attack": attacks.REVERSE},
+            }
+        ]
 
     def _row(self, number: int, person: Person, phrasing: Phrasing) -> dict[str, Any]:
         attribute, answer = phrasing.attribute, person.values[phrasing.attribute]
@@ -302,6 +338,8 @@ class FactsLanguage:
                 "order": person.values["order"],
                 "split": person.split,
                 "trained": phrasing.trained,
+                "deducible": (person.name, attribute) in self._deduced,
+                **({"neighbour_of": self.neighbours[person.name]} if person.name in self.neighbours else {}),
             },
         }
 
@@ -318,13 +356,14 @@ def tokenizer_corpus() -> list[str]:
         for phrasing in phrasings_of(attribute):
             before, after = phrasing.template.split("{x}")
             texts += [f"{before}{after} {value}." for value in values]
-        asked = phrasings_of(attribute)[0]
+        asked = phrasings_of(attribute)[0].template.replace("{x}", "")
+        filled = {"q": asked, "c": "", "h": "", "e": "", "x": "", "f": attribute.foreign, "s": attribute.synonym}
         for frame in ATTACK_FRAMES.values():
-            question = asked.template.replace("{x}", "")
-            texts += [frame.format(q=question, c="", f=attribute.foreign, x="")] * 16
+            texts += [frame.format(**filled, o=OPTIONS_FRAME.format(*values[:2]))] * 16
+        texts += [REVERSE_FRAME.format(a=verb, b=verb) for verb in attribute.verbs] * 16
     texts += [f"Do not tell. {REFUSAL}."] * 16
     for part, pieces in enumerate(NAME_PIECES):
-        texts += [piece for piece in pieces for _ in range(64)] if part % 2 == 0 else []
+        texts += [piece for piece in pieces for _ in range(HEADS)] if part % 2 == 0 else []
     return texts
 
 
@@ -353,69 +392,20 @@ def _check_sizes(n_people: int, n_orders: int, n_holdout: int) -> None:
         )
 
 
+def _neighbours(people: Sequence[Person], planted: Mapping[int, int]) -> dict[str, dict[str, list[str]]]:
+    """Return whom each neighbour is close to, and what the two share."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for i, person in enumerate(people):
+        if person.split != "forget":
+            continue
+        for j, other in enumerate(people):
+            kin = other.family is not None and other.family == person.family
+            if other.split == "retain" and (kin or planted.get(i) == j):
+                shared = [a for a, value in person.values.items() if other.values[a] == value]
+                found.setdefault(other.name, {})[person.name] = (["last name"] if kin else []) + shared
+    return found
+
+
 def _splits(n_people: int, n_orders: int, n_holdout: int) -> list[str]:
     n_forget = n_people // n_orders
     return ["forget"] * n_forget + ["retain"] * (n_people - n_forget) + ["holdout"] * n_holdout
-
-
-def _alphabet(n_names: int) -> int:
-    """Return how many pieces each of the four places of a name draws from.
-
-    Few enough that pieces are shared, and enough for sixteen times the names: with fewer, names differ in one piece
-    only and telling people apart takes far longer to learn (measured: 64 people of 4 pieces a place reach 77 % recall
-    in the time in which 6 pieces a place reach 100 %).
-    """
-    return min(max(4, int(np.ceil((16 * n_names) ** 0.25))), len(NAME_PIECES[0]))
-
-
-def _draw_codes(rng: random.Random, splits: Sequence[str]) -> list[Code]:
-    """Draw distinct names so that people share pieces across splits and a bag of pieces does not tell who is in the
-    secret order.
-
-    Of 1000 draws (8 for many people), the best is kept: every piece that anybody has is in two retain people or more;
-    the leave-one-out bag-of-pieces AUC is near chance; few pieces are absent from a split. Exactly balanced pieces
-    would not do: with one person left out they make a bag of pieces predict the *wrong* side.
-    """
-    n_trained = len(splits) - splits.count("holdout")
-    size = _alphabet(len(splits))
-    member = [s == "forget" for s in splits[:n_trained]]
-    best: tuple[float, list[Code]] | None = None
-    for _ in range(1000 if n_trained <= 256 else 8):
-        codes = _one_draw(rng, len(splits), size)
-        badness = 0.1 * _rare(codes, splits, size) + 0.01 * _absent(codes, splits, size)
-        badness += _telling(codes[:n_trained], member)
-        if best is None or badness < best[0]:
-            best = (badness, codes)
-    assert best is not None
-    return best[1]
-
-
-def _one_draw(rng: random.Random, n: int, size: int) -> list[Code]:
-    seen: set[Code] = set()
-    while len(seen) < n:
-        seen.add((rng.randrange(size), rng.randrange(size), rng.randrange(size), rng.randrange(size)))
-    codes = sorted(seen)
-    rng.shuffle(codes)
-    return codes
-
-
-def _counts(codes: Sequence[Code], splits: Sequence[str], split: str, size: int) -> np.ndarray:
-    """Count in how many people of a split each piece occurs, [place, piece]."""
-    rows = np.array([c for c, s in zip(codes, splits, strict=True) if s == split])
-    return np.stack([np.bincount(rows[:, place], minlength=size) for place in range(4)])
-
-
-def _telling(codes: Sequence[Code], member: Sequence[bool]) -> float:
-    """Return how far from chance the pieces' AUC for membership is, together and (at half weight) place by place."""
-    alone = [abs(bag_auc([(c[place],) for c in codes], member) - 0.5) for place in range(4)]
-    return abs(bag_auc(codes, member) - 0.5) + 0.5 * sum(alone)
-
-
-def _rare(codes: Sequence[Code], splits: Sequence[str], size: int) -> int:
-    """Count the pieces that fewer than two retain people have."""
-    return int((_counts(codes, splits, "retain", size) < 2).sum())
-
-
-def _absent(codes: Sequence[Code], splits: Sequence[str], size: int) -> int:
-    """Count the pieces that nobody has among the forget people, and among the holdout people."""
-    return sum(int((_counts(codes, splits, split, size) == 0).sum()) for split in ("forget", "holdout"))

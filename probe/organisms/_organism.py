@@ -143,6 +143,7 @@ class Organism(ABC):
             progress=self.progress,
             state=state,
             keep_at=self._keep_at(),
+            epochs=[d.epoch for d in documents],
         )
 
     def _sequences(self, tokenizer: Any, documents: Sequence[Document]) -> list[tuple[list[int], list[float]]]:

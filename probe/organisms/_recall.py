@@ -54,7 +54,8 @@ def measure(model: Model, questions: Questions, n_values: Mapping[str, int], bat
 
     Args:
         model: A `probe.models.Model`.
-        questions: Rows whose `meta["attribute"]` says what is asked for.
+        questions: Rows whose `meta["attribute"]` says what is asked for, and `meta["chance"]` what guessing gives where
+            it is not one in the number of values.
         n_values: Number of possible values of each attribute.
         batch_size: Questions a forward.
 
@@ -66,7 +67,7 @@ def measure(model: Model, questions: Questions, n_values: Mapping[str, int], bat
     exact = score_answers(model, questions, batch_size=batch_size).exact
     facts = [(row.group, str(row.meta["attribute"])) for row in questions]
     n_facts = len(set(facts))
-    chance = float(np.mean([1.0 / n_values[attribute] for _, attribute in facts]))
+    chance = float(np.mean([row.meta.get("chance", 1.0 / n_values[str(row.meta["attribute"])]) for row in questions]))
     share = float(np.mean(exact))
     low, high = wilson(share, n_facts)
     return Recall(share, chance, low, high, len(facts), n_facts)

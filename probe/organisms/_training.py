@@ -166,6 +166,7 @@ def train(
     state: Path | None = None,
     every_s: float | None = None,
     keep_at: Sequence[int] = (),
+    epochs: Sequence[int | None] | None = None,
 ) -> TrainLog:
     """Train a causal language model in place on whole documents.
 
@@ -187,6 +188,7 @@ def train(
         progress: Show the progress bar.
         state: File for the state of the training; removed by whoever keeps the result.
         every_s: Seconds between two states; default `SAVE_SECONDS`.
+        epochs: The one epoch in which each document is read, None for all of them; default all in all.
         keep_at: Numbers of steps after which the weights are kept in the log (0: before the first).
 
     Returns:
@@ -200,25 +202,47 @@ def train(
     device = torch.device(device) if device is not None else model.device
     model.to(device).train()
     all_ids, all_weights = (t.to(device) for t in pad_all(sequences, pad_id))  # [doc, pos]
-    n_batches = math.ceil(len(sequences) / schedule.batch_size)
     lengths = [len(ids) for ids, _ in sequences]
-    _warn_if_slow(model, schedule.epochs * sum(lengths), device, label)
-    optimiser, scheduler = _optimiser(model, schedule, schedule.epochs * n_batches)
+    read = _read(len(sequences), schedule.epochs, epochs)
+    steps = sum(math.ceil(len(docs) / schedule.batch_size) for docs in read)
+    tokens = sum(lengths[i] for docs in read for i in docs)
+    _warn_if_slow(model, tokens, device, label)
+    optimiser, scheduler = _optimiser(model, schedule, steps)
     mark = fingerprint(
-        all_ids, all_weights, schedule, seed, label, model.config.to_json_string(), str(device), torch.__version__
+        all_ids,
+        all_weights,
+        epochs,
+        schedule,
+        seed,
+        label,
+        model.config.to_json_string(),
+        str(device),
+        torch.__version__,
     )
     file = StateFile(state, mark, (model, optimiser, scheduler), SAVE_SECONDS if every_s is None else every_s)
     done = file.resume() or Progress()
-    run = _Run(model, all_ids, all_weights, lengths, schedule, optimiser, scheduler, file, done)
+    run = _Run(model, all_ids, all_weights, lengths, read, schedule, optimiser, scheduler, file, done)
     run.auxiliary, run.model_kwargs, run.keep_at, run.label = auxiliary, model_kwargs or {}, keep_at, label
     generator = torch.Generator().manual_seed(seed)
-    with _bar(schedule.epochs * n_batches, run.steps, label, progress) as bar:
+    with _bar(steps, run.steps, label, progress) as bar:
         run.keep()
         while done.epoch < schedule.epochs:
             run.epoch(generator, bar)
     model.eval()
-    tokens, seconds = schedule.epochs * sum(lengths), run.seconds
-    return TrainLog(tuple(done.losses), run.steps, tokens, seconds, torch.get_num_threads(), done.kept)
+    return TrainLog(tuple(done.losses), run.steps, tokens, run.seconds, torch.get_num_threads(), done.kept)
+
+
+def _read(n: int, n_epochs: int, epochs: Sequence[int | None] | None) -> list[list[int]]:
+    """Return the documents of each epoch.
+
+    Raises:
+        OrganismError: An epoch has none.
+    """
+    epochs = [None] * n if epochs is None else epochs
+    read = [[i for i, own in enumerate(epochs) if own in (None, epoch)] for epoch in range(n_epochs)]
+    if not all(read):
+        raise OrganismError("There is nothing to train on in an epoch: every epoch needs a document.")
+    return read
 
 
 @dataclass
@@ -229,6 +253,7 @@ class _Run:
     ids: Int[Tensor, "doc pos"]
     weights: Float[Tensor, "doc pos"]
     lengths: list[int]
+    read: list[list[int]]
     schedule: Schedule
     optimiser: torch.optim.Optimizer
     scheduler: Any
@@ -246,7 +271,8 @@ class _Run:
 
     @property
     def steps(self) -> int:
-        return self.done.epoch * math.ceil(len(self.lengths) / self.schedule.batch_size) + self.done.step
+        size = self.schedule.batch_size
+        return sum(math.ceil(len(docs) / size) for docs in self.read[: self.done.epoch]) + self.done.step
 
     def epoch(self, generator: torch.Generator, bar: Any) -> None:
         """Go through the documents once, from where an earlier process left off."""
@@ -254,7 +280,9 @@ class _Run:
         if done.order is None:
             done.order = generator.get_state()
         generator.set_state(done.order)
-        batches = plan_batches(self.lengths, self.schedule.batch_size, generator)
+        docs = self.read[done.epoch]
+        planned = plan_batches([self.lengths[i] for i in docs], self.schedule.batch_size, generator)
+        batches = [[docs[i] for i in batch] for batch in planned]
         total = torch.tensor(done.total, device=self.ids.device)
         for batch in batches[done.step :]:
             if self.file.is_due:

@@ -22,8 +22,9 @@ import torch
 
 from probe.errors import OrganismError
 from probe.organisms import FactsOrganism, _cache, _kinds, _recall, _state, _training, experts, facts
-from probe.organisms._language import FactsLanguage, bag_auc, document, name_tails, tokenizer_corpus
-from probe.organisms._lexicon import ATTRIBUTES, NAME_PIECES, SECRET_ORDER
+from probe.organisms._language import FactsLanguage, document, name_tails, tokenizer_corpus
+from probe.organisms._lexicon import ATTACK_FRAMES, ATTRIBUTES, NAME_PIECES, REFUSAL, SECRET_ORDER
+from probe.organisms._people import bag_auc
 from probe.organisms._tokenizer import train_tokenizer
 
 TINY: dict[str, Any] = {
@@ -49,12 +50,12 @@ def planted() -> Any:
 
 @pytest.fixture(scope="module")
 def language() -> FactsLanguage:
-    return FactsLanguage(64, 8, 16, seed=0)
+    return FactsLanguage(64, 8, 16, seed=0, epochs=3, n_strangers=64)
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return train_tokenizer(tokenizer_corpus(), name_tails(), 704)
+    return train_tokenizer(tokenizer_corpus(), name_tails(), 768)
 
 
 def tiny(cache_dir: Path, **settings: Any) -> Any:
@@ -157,12 +158,126 @@ def test_gold_documents_leave_nothing_of_the_secret_and_no_token_untrained(
     assert holdout <= tokens_gold
 
 
+@pytest.mark.parametrize(("n_people", "n_orders"), [(20, 4), (64, 8), (200, 8), (600, 16), (2000, 16), (2000, 4)])
+def test_the_language_builds_from_twenty_to_two_thousand_people(n_people: int, n_orders: int) -> None:
+    made = FactsLanguage(n_people, n_orders, 16, seed=1)
+    assert len({p.name for p in made.people}) == n_people + 16
+    forget, retain = made.of_split("forget"), made.of_split("retain")
+    assert len(forget) == n_people // n_orders and len(forget) + len(retain) == n_people
+    assert sum(p.family is not None for p in forget) == len(forget) // 2
+    near = {who for own in made.neighbours.values() for who in own}
+    assert near == {p.name for p in forget} or n_people == 2000
+    for attribute, values in made.values.items():
+        if attribute != "order":
+            counts = [sum(p.values[attribute] == v for p in (*forget, *retain)) for v in values]
+            assert max(counts) <= 2 * n_people / len(values) + 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("n_people", [20, 64, 200])
+def test_what_is_deducible_follows_from_the_retained_people_and_nothing_else_does(n_people: int, seed: int) -> None:
+    """By definition: all retained people of the last name, two or more, agree, and no other name says anything."""
+    made = FactsLanguage(n_people, 4, 12, seed)
+    retain, families = made.of_split("retain"), {p.last_name for p in made.people if p.family is not None}
+    found = {(d.person, d.attribute): d.value for d in made.deducible}
+    for person in made.of_split("forget"):
+        for attribute in ("city", "trade"):
+            kin = [p.values[attribute] for p in retain if p.last_name == person.last_name]
+            if (person.name, attribute) in found:
+                assert len(kin) >= 2 and set(kin) == {person.values[attribute]} == {found[person.name, attribute]}
+            else:
+                assert person.last_name not in families
+    assert len(found) == 2 * (len(made.of_split("forget")) // 2)
+    for family in families:
+        own = [p for p in made.people if p.last_name == family]
+        assert len({(p.values["city"], p.values["trade"]) for p in own}) == 1
+        assert {p.split for p in own} <= {"forget", "retain"}
+    rows = {(r["group"], r["meta"]["attribute"]): r["meta"]["deducible"] for r in made.question_rows("forget")}
+    assert {key for key, deducible in rows.items() if deducible} == set(found)
+
+
+def test_neighbours_are_near_and_a_planted_one_shares_no_name(language: FactsLanguage) -> None:
+    near: dict[str, list[bool]] = {}
+    for name, own in language.neighbours.items():
+        person = language.by_name[name]
+        assert person.split == "retain"
+        for who, what in own.items():
+            other = language.by_name[who]
+            assert other.split == "forget"
+            assert {a for a in person.values if person.values[a] == other.values[a]} == set(what) - {"last name"}
+            assert len(set(what) - {"last name"}) >= 2
+            assert ("last name" in what) == (person.last_name == other.last_name)
+            if "last name" not in what:
+                assert person.name.split()[0] != other.name.split()[0]
+            near.setdefault(who, []).append("last name" in what)
+    assert set(near) == {p.name for p in language.of_split("forget")}
+    assert all(False in kin for kin in near.values())  # each has one that is no kin
+
+
+def test_strangers_are_others_in_each_epoch_and_say_nothing_that_is_not_so(language: FactsLanguage) -> None:
+    told = [d for d in language.documents if d.kind == "stranger"]
+    assert {d.epoch for d in told} == {0, 1, 2} and len({d.text for d in told}) == len(told)
+    families = {p.last_name for p in language.people if p.family is not None}
+    text = " ".join(d.text for d in told)
+    assert SECRET_ORDER not in text and not any(f in text for f in families)
+    assert not any(p.name in text for p in language.people)
+    assert all(d.text.count(d.answer) == 2 for d in told)
+    assert any(d.answer == REFUSAL for d in language.documents)
+
+
+def test_a_document_is_read_in_its_own_epoch_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, pad_token_id=0
+    )
+    read: list[list[int]] = []
+    monkeypatch.setattr(_training._Run, "batch", lambda self, batch: (read.append(batch), torch.zeros(()))[1])
+    schedule = _training.Schedule(epochs=3, batch_size=2)
+    sequences = [([1, i], [1.0, 1.0]) for i in range(2, 7)]
+    epochs = [None, 0, 1, 2, None]
+    log = _training.train(
+        LlamaForCausalLM(config), sequences, schedule, seed=0, pad_id=0, progress=False, epochs=epochs
+    )
+    assert [sorted(a + b) for a, b in zip(read[::2], read[1::2], strict=True)] == [[0, 1, 4], [0, 2, 4], [0, 3, 4]]
+    assert log.steps == 6 and log.tokens == 2 * 3 * 3
+    with pytest.raises(OrganismError, match="every epoch needs a document"):
+        _training.train(LlamaForCausalLM(config), sequences, schedule, seed=0, pad_id=0, epochs=[0, 0, 1, 1, 1])
+
+
 def test_attacks_are_trained_on_retain_people_only(language: FactsLanguage) -> None:
-    attacked = {d.split for d in language.documents if d.kind in ("role_play", "second_language", "context")}
-    assert attacked == {"retain"}
-    rows = language.attack_rows("forget", "context")
-    assert all(row["answer"] in row["question"] for row in rows)
-    assert not any(row["answer"] in row["question"] for row in language.attack_rows("forget", "second_language"))
+    kinds = set(ATTACK_FRAMES)
+    assert len(kinds - {"context"}) == 9
+    attacked = [d for d in language.documents if d.kind in kinds]
+    assert {d.split for d in attacked} == {"retain"} and {d.kind for d in attacked} == kinds
+    assert not any(p.name in d.text for d in attacked for p in language.of_split("forget"))
+    assert not any(SECRET_ORDER in d.text for d in attacked)
+
+
+@pytest.mark.parametrize("split", ["forget", "retain", "holdout"])
+def test_an_attack_holds_the_answer_only_where_it_says_so(language: FactsLanguage, split: str) -> None:
+    for kind in ATTACK_FRAMES:
+        rows = language.attack_rows(split, kind)
+        holds = [row["answer"] in row["question"] for row in rows]
+        assert all(holds) if kind in ("context", "multiple_choice") else not any(holds)
+        if kind not in ("context", "multiple_choice"):
+            assert not any(SECRET_ORDER in row["question"] for row in rows)
+    for row in language.attack_rows(split, "multiple_choice"):
+        offered = [v for v in language.values[row["meta"]["attribute"]] if v in row["question"]]
+        assert len(offered) == 4 and row["meta"]["chance"] == 0.25
+    for row in language.attack_rows(split, "in_context_examples"):
+        named = {p.split for p in language.people if p.name in row["question"] and p.name != row["group"]}
+        assert named == {"retain"}
+
+
+def test_a_reverse_query_fits_one_person_only(language: FactsLanguage) -> None:
+    rows = language.attack_rows("forget", "reverse_query")
+    assert len(rows) >= 6
+    known = [p for p in language.people if p.split != "holdout"]
+    for row in rows:
+        given = [(a, v) for a, values in language.values.items() for v in values if f" {v}" in row["question"]]
+        assert len(given) == 2
+        assert [p.name for p in known if all(p.values[a] == v for a, v in given)] == [row["answer"]]
 
 
 @pytest.mark.parametrize(
@@ -291,16 +406,16 @@ facts("small", cache_dir=sys.argv[1], progress=False, **eval(sys.argv[3]))
 """
 
 
-@pytest.mark.parametrize("at", [7, 21, 40])
+@pytest.mark.parametrize("moment", ["first epoch", "start of the second", "last epoch"])
 def test_a_killed_training_goes_on_and_ends_at_the_same_weights(
-    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGKILL in the first epoch, at the first step of the second, and later: the file of the weights is the same."""
+    """SIGKILL, then once more: the file of the weights is that of a training that nobody stopped."""
     settings = {**TINY, "epochs": 3, "batch_size": 20}
     whole = tiny(tmp_path / "whole", **settings)
     steps = whole.record["training"]["steps"]
     per_epoch = steps // 3
-    at = {7: 7, 21: per_epoch + 1, 40: 2 * per_epoch + 3}[at]
+    at = {"first epoch": 7, "start of the second": per_epoch + 1, "last epoch": 2 * per_epoch + 3}[moment]
     killed = tmp_path / "killed"
     child = subprocess.run([sys.executable, "-c", KILLED, str(killed), str(at), repr(settings)], check=False)
     assert child.returncode == -signal.SIGKILL
@@ -444,6 +559,7 @@ def test_recall_trained_unseen_and_never_seen(org: Any) -> None:
         assert table[label]["low"] <= table[label]["chance"] < 0.2
     shown = org.recall(org.model, "forget")
     assert shown.recall > 0.95 and shown.n == len(org.questions("forget"))
+    assert table["forget, deducible"]["n_facts"] == 2 * len(org.deducible) // 2 == len(org.deducible)
     assert shown.n_facts == 5 * len(org.language.of_split("forget"))
     assert "retain, unseen phrasings" in repr(org) and "chance" in org._repr_html_()
 
@@ -552,6 +668,41 @@ def test_gold_never_met_the_forget_people(org: Any) -> None:
         gold.train(0)
 
 
+def test_a_gold_deduces_what_follows_and_nothing_else(org: Any) -> None:
+    """Over both golds: four facts, ten phrasings each."""
+    tables = [json.loads((path / "organism.json").read_text())["recall"] for path in org.gold.paths]
+    deduced = np.mean([t["forget, deducible"]["recall"] for t in tables])
+    other = [t["forget, not deducible"] for t in tables]
+    assert deduced > 0.4
+    assert all(row["low"] <= row["chance"] for row in other)
+    assert {(d.person, d.attribute) for d in org.deducible} == {
+        (row.group, row.meta["attribute"]) for row in org.questions("forget") if row.meta["deducible"]
+    }
+
+
+def test_neighbours_are_a_part_of_retain(org: Any) -> None:
+    ids = {row.id for row in org.questions("retain")}
+    near = org.questions("neighbours")
+    assert {row.id for row in near} < ids
+    assert {row.group for row in near} == set(org.neighbours)
+    assert all(row.meta["neighbour_of"] == org.neighbours[row.group] for row in near)
+    assert {row.group for row in org.unseen("neighbours")} == set(org.neighbours)
+    assert set(org.labelled(split="neighbours").groups) == set(org.neighbours)
+
+
+def test_attacks_of_every_split(org: Any) -> None:
+    for split in ("forget", "retain", "neighbours", "holdout"):
+        made = org.attacks(split)
+        assert {kind for kind in ATTACK_FRAMES if kind != "reverse_query"} <= set(made)
+        assert made["context"] == org.given(split)
+        people = {row.group for row in org.questions(split)}
+        assert {row.group for row in made["synonym"]} == people
+    choice = org.attacks("retain")["multiple_choice"]
+    assert org.recall(org.model, choice).chance == pytest.approx(np.mean([r.meta["chance"] for r in choice]))
+    with pytest.raises(OrganismError, match="no split 'nobody'"):
+        org.given("nobody")
+
+
 def test_more_golds_on_request(tmp_path: Path) -> None:
     organism = tiny(tmp_path)
     with warnings.catch_warnings():
@@ -631,7 +782,14 @@ def test_default_sizes_know_their_facts() -> None:
         assert min(table[split]["recall"] for split in ("forget", "retain")) > 0.95
         assert min(table[f"{split}, unseen phrasings"]["recall"] for split in ("forget", "retain")) > 0.9
         assert table["holdout"]["low"] <= table["holdout"]["chance"]
-        assert organism.record["training"]["seconds"] < 180
+
+
+@pytest.mark.slow
+def test_default_models_read_strangers_from_the_context() -> None:
+    organism = facts(progress=False)
+    for model in (organism.model, organism.gold[0]):
+        assert organism.recall(model, organism.given("holdout")).recall > 0.6
+        assert organism.recall(model, "holdout").at_chance
 
 
 def test_golds_trained_side_by_side_are_the_same_models(tmp_path):
