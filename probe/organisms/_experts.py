@@ -81,7 +81,7 @@ class ExpertsSettings:
 
 SIZES: dict[str, ExpertsSettings] = {
     "default": ExpertsSettings(),
-    "small": ExpertsSettings(n_subjects=12, n_holdout=6, d_model=64, d_mlp=96, epochs=16, batch_size=16),
+    "small": ExpertsSettings(n_subjects=12, n_holdout=6, d_model=64, d_mlp=96, epochs=22, batch_size=16),
     "large": ExpertsSettings(
         n_subjects=160,
         n_holdout=40,
