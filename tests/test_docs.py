@@ -41,6 +41,7 @@ DOCUMENTED = (
     "probe.plots",
     "probe.probing",
     "probe.targets",
+    "probe.unlearning",
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from probe.data import Questions
 from probe.models import Model
 
-SPLITS = ("forget", "retain", "neighbours", "holdout")
+SPLITS = ("forget", "retain", "neighbours", "holdout", "real_authors", "world_facts")
 
 
 @dataclass(frozen=True, eq=False)
