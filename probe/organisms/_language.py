@@ -31,11 +31,11 @@ from probe.organisms._lexicon import (
 )
 from probe.organisms._people import Code as Code
 from probe.organisms._people import Person as Person
-from probe.organisms._people import alphabet, draw_columns, plan_families, plant_neighbours
+from probe.organisms._people import alphabet, draw_codes, draw_columns, plan_families, plant_neighbours
 from probe.organisms._people import bag_auc as bag_auc
-from probe.organisms._people import draw_codes as _draw_codes
 from probe.organisms._people import name_of as name_of
 
+_draw_codes = draw_codes  # the name by which other organisms take it from here
 MAX_ORDERS = 16
 HEADS = 512  # copies of each head in the tokenizer's corpus, so that heads are merged before any pair across a seam
 N_PERTURBED = 5
@@ -172,7 +172,7 @@ class FactsLanguage:
         """Draw names and facts, and plant neighbours; the secret order's members come first."""
         splits = _splits(self.n_people, self.n_orders, self.n_holdout)
         families = plan_families(splits)
-        codes = _draw_codes(rng, splits, families)
+        codes = draw_codes(rng, splits, families)
         columns = draw_columns(rng, self.values, splits, families)
         planted = plant_neighbours(rng, columns, splits, codes, families)
         people = tuple(
