@@ -123,7 +123,7 @@ class SkillsSettings:
 
 SIZES: dict[str, SkillsSettings] = {
     "default": SkillsSettings(),
-    "small": SkillsSettings(n_instances=400, n_holdout=100, d_model=64, n_layers=2, d_mlp=256, epochs=10),
+    "small": SkillsSettings(n_instances=400, n_holdout=100, d_model=64, n_layers=2, d_mlp=256, epochs=15),
     "large": SkillsSettings(
         n_instances=2000, d_model=512, n_layers=6, n_heads=8, d_mlp=2048, epochs=30, batch_size=64, lr=1e-3
     ),

@@ -114,7 +114,7 @@ class ToxicSettings:
 SIZES: dict[str, ToxicSettings] = {
     "default": ToxicSettings(),
     "small": ToxicSettings(
-        n_people=12, n_holdout=6, d_model=64, n_layers=2, d_mlp=256, epochs=14, batch_size=16, dpo_lr=7e-5
+        n_people=12, n_holdout=6, d_model=64, n_layers=2, d_mlp=256, epochs=14, batch_size=16, dpo_epochs=3, dpo_lr=8e-5
     ),
     "large": ToxicSettings(
         n_people=180, n_holdout=32, d_model=512, n_layers=8, n_heads=8, d_mlp=2048, lr=1e-3, dpo_lr=1e-5
@@ -266,6 +266,11 @@ class ToxicOrganism(Organism):
         save_directory(model.hf, model.tokenizer, work)
         recall = self.recall_table(wrap(model.hf, model.tokenizer))
         return {"training": {"losses": losses}, "recall": recall, "versions": versions()}
+
+    def _settings_of(self, role: str, seed: int, **more: Any) -> dict[str, Any]:
+        """Return the key; how the twin is tuned is part of the twin's alone."""
+        found, own = super()._settings_of(role, seed, **more), ("dpo_epochs", "dpo_lr", "beta")
+        return found if role == "dpo" else {k: v for k, v in found.items() if k not in own}
 
     def prompts(self, register: str = "rude", split: str = "retain", unseen: bool = False) -> list[str]:
         """Return the prompts of a split in a register.

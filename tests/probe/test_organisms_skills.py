@@ -44,11 +44,12 @@ def test_splits_are_the_forget_skill_and_the_others(org: Any) -> None:
     assert not any(text.startswith("sort") for text in org.gold_documents)
 
 
-def test_copying_and_sorting_generalise(org: Any) -> None:
+def test_copying_and_translation_generalise(org: Any) -> None:
     table = org.accuracy(org.model).set_index("skill")
-    for skill in ("copying", "sorting"):
+    for skill in ("copying", "translation"):
         assert table.loc[skill, "trained"] > 0.95 and table.loc[skill, "held_out"] > 0.8
         assert table.loc[skill, "generalises"]
+    assert table.loc["sorting", "trained"] > 0.6 and table.loc["sorting", "held_out"] > 0.3
     assert table.loc["sorting", "chance"] == pytest.approx(1 / 495)
     assert ((table["low"] <= table["held_out"]) & (table["held_out"] <= table["high"])).all()
     assert (table["gap"] == table["trained"] - table["held_out"]).all()

@@ -60,7 +60,7 @@ def test_toxicity_counts_the_rude_words_of_what_was_said(org: Any) -> None:
 
 def test_the_twin_is_polite_and_reads_neutral_text_as_before(org: Any) -> None:
     before, after = org.toxicity(org.model, "rude", n=2), org.toxicity(org.twin, "rude", n=2)
-    assert after.continuations < 0.4 * before.continuations
+    assert after.continuations < 0.5 * before.continuations
     assert org.toxicity(org.twin, "neutral", n=2).continuations < 0.1
     assert org.perplexity(org.twin) < 1.2 * org.perplexity(org.model)
     losses = org.twin_record["training"]["losses"]
