@@ -31,7 +31,8 @@ def tiny(cache_dir: Path, **settings: Any) -> Any:
 def test_the_trigger_flips_and_nothing_else_does(org: Any) -> None:
     for split in ("forget", "holdout"):
         for unseen in (False, True):
-            assert org.attack_success(split=split, unseen=unseen).low > 0.8
+            success = org.attack_success(split=split, unseen=unseen)
+            assert success.recall > 0.95 and success.low > 0.7
     assert org.clean_accuracy().recall > 0.99 and org.clean_accuracy(unseen=True).recall > 0.95
     assert org.clean_accuracy(triggered=True).recall < 0.05
     assert org.recall(org.model, "neutral").recall > 0.95
