@@ -29,7 +29,7 @@ QUICK = {
     "pruning": Pruning(sparsities=(0.2,), calibration=16, limit=32),
     "unrelated": Unrelated(sources=("retain",), lrs=(1e-3,), eval_at=(20,), n_texts=128, limit=32),
     "redteam": RedTeam(lrs=(1e-3,), eval_at=(15,), limit=32),
-    "latent": Latent(depths=(0.0,), epsilons=(0.1,), limit=24),
+    "latent": Latent(epsilons=(0.1, 0.2, 0.4), limit=24),
     "embedding": Embedding(lengths=(4,), eval_at=(30,), limit=32),
 }
 
