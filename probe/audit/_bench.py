@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -192,8 +193,7 @@ class Bench:
                 for sentence in found.missing:
                     missing.setdefault(sentence, []).append(role)
         tables = {name: pd.concat(parts, ignore_index=True) for name, parts in frames.items()}
-        said = [s if len(roles) == len(tested) else f"{s} ({', '.join(roles)})" for s, roles in missing.items()]
-        return numbers, tables, said, seconds
+        return numbers, tables, _said(missing, len(tested)), seconds
 
     def _metrics(self) -> dict[str, Any]:
         return {metric.name: metric for part in self.parts for metric in part.metrics}
@@ -249,6 +249,14 @@ class Bench:
             "n_boot": case.n_boot,
             "seed": case.seed,
         }
+
+
+def _said(missing: Mapping[str, Sequence[str]], n_models: int) -> list[str]:
+    """What could not be measured: of which models, unless it is all of them; models that differ in a number together."""
+    together: dict[str, tuple[str, list[str]]] = {}
+    for sentence, roles in missing.items():
+        together.setdefault(re.sub(r"\d+(\.\d+)?", "#", sentence), (sentence, []))[1].extend(roles)
+    return [s if len(set(r)) == n_models else f"{s} ({', '.join(dict.fromkeys(r))})" for s, r in together.values()]
 
 
 def _seconds(tested: Mapping[str, Tested], compared: Mapping[str, float]) -> dict[str, float]:

@@ -121,7 +121,7 @@ def _estimates(
 def group_table(measured: Mapping[str, Measured], numbers: Mapping[str, Sequence[Number]]) -> pd.DataFrame:
     """The sums per group that ratios were made of: what a bootstrap over several cards needs.
 
-    Columns: set, metric, model, group (its number in sorted order), top, bottom. Ratios under a function (perplexity)
+    Columns: set, metric, model, number (of the group, in sorted order), top, bottom. Ratios under a function (perplexity)
     are left out.
     """
     found: list[tuple[str, str, str, Ratio]] = []
@@ -134,7 +134,7 @@ def group_table(measured: Mapping[str, Measured], numbers: Mapping[str, Sequence
     plain = [one for one in found if one[3].plain]
     frames = [
         pd.DataFrame(
-            {"set": s, "metric": m, "model": role, "group": range(len(r.top)), "top": r.top, "bottom": r.bottom}
+            {"set": s, "metric": m, "model": role, "number": range(len(r.top)), "top": r.top, "bottom": r.bottom}
         )
         for s, m, role, r in plain
     ]

@@ -159,7 +159,7 @@ def card(i: int, original=1.0, edited=0.2, golds=(0.0, 0.1), groups=True) -> Rep
     }
     table = pd.DataFrame([{**empty, "model": m, "value": v} for m, v in values.items()])
     sums = [
-        {"set": "forget", "metric": "recall", "model": m, "group": g, "top": v * 10, "bottom": 10.0}
+        {"set": "forget", "metric": "recall", "model": m, "number": g, "top": v * 10, "bottom": 10.0}
         for m, v in values.items() if m not in ("change", "gold") for g in range(4)
     ]  # fmt: skip
     return ReportCard(table, {"model_hash": str(i), "edit": None}, groups=pd.DataFrame(sums if groups else []))
