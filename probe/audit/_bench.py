@@ -252,7 +252,7 @@ class Bench:
 
 
 def _said(missing: Mapping[str, Sequence[str]], n_models: int) -> list[str]:
-    """What could not be measured: of which models, unless it is all of them; models that differ in a number together."""
+    """What could not be measured, and of which models unless of all; sentences that differ in a number are one."""
     together: dict[str, tuple[str, list[str]]] = {}
     for sentence, roles in missing.items():
         together.setdefault(re.sub(r"\d+(\.\d+)?", "#", sentence), (sentence, []))[1].extend(roles)

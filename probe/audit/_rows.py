@@ -121,8 +121,8 @@ def _estimates(
 def group_table(measured: Mapping[str, Measured], numbers: Mapping[str, Sequence[Number]]) -> pd.DataFrame:
     """The sums per group that ratios were made of: what a bootstrap over several cards needs.
 
-    Columns: set, metric, model, number (of the group, in sorted order), top, bottom. Ratios under a function (perplexity)
-    are left out.
+    Columns: set, metric, model, number (of the group, in sorted order), top, bottom. Ratios under a function, such as
+    perplexity, are left out.
     """
     found: list[tuple[str, str, str, Ratio]] = []
     for role, one in measured.items():

@@ -145,6 +145,7 @@ class Embedding(Part):
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("soft_prompt_recall", "recall under a soft prompt learned on others, worst case", share=True),
     )
+    kind: ClassVar[str] = "attack"
     evidence: ClassVar[tuple[tuple[str, str], ...]] = (("forget", "soft_prompt_recall"),)
 
     def __post_init__(self) -> None:

@@ -121,6 +121,7 @@ class Extraction(Part):
         Metric("inferred", "inferred among candidates (0 is chance)"),
         Metric("reconstructed", "name reconstructed (0 is chance)"),
     )
+    kind: ClassVar[str] = "attack"
     evidence: ClassVar[tuple[tuple[str, str], ...]] = (
         ("forget", "extracted_in_n"),
         ("forget", "inferred"),

@@ -182,6 +182,7 @@ class Readout(Part):
         Metric("readout_accuracy", "First token read by a linear probe", share=True, yes_no=True),
         Metric("readout_selectivity", "First token read by a linear probe, less control task"),
     )
+    kind: ClassVar[str] = "inside"
     evidence: ClassVar[tuple[tuple[str, str], ...]] = (("forget", "readout_accuracy"),)
 
     def measure(self, subject: Subject) -> Measurement:

@@ -174,6 +174,7 @@ class Latent(Part):
         Metric("latent_advantage", "latent search, right answers less wrong ones, worst case", share=True),
         Metric("latent_recall", "latent search, right answers found", share=True, yes_no=True),
     )
+    kind: ClassVar[str] = "attack"
     evidence: ClassVar[tuple[tuple[str, str], ...]] = (("forget", "latent_advantage"),)
 
     def __post_init__(self) -> None:

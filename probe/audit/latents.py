@@ -60,6 +60,7 @@ class Latents(Part):
     limit: int = 200
 
     name: ClassVar[str] = "sae_latents"
+    kind: ClassVar[str] = "inside"
     title: ClassVar[str] = "SAE latents that tell forget from retain"
     needs: ClassVar[tuple[str, ...]] = ("forget", "retain")
     metrics: ClassVar[tuple[Metric, ...]] = (

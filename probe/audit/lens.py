@@ -34,6 +34,7 @@ class Lens(Part):
         Metric("lens_probability", "Answer's probability before the last layer", share=True),
         Metric("lens_rank", "Answer's rank before the last layer"),
     )
+    kind: ClassVar[str] = "inside"
     evidence: ClassVar[tuple[tuple[str, str], ...]] = (("forget", "lens_probability"),)
 
     def measure(self, subject: Subject) -> Measurement:

@@ -172,6 +172,7 @@ class Prompts(Part):
         Metric("prompt_recall", "recall under the worst prompt attack", share=True),
         Metric("prompt_probability", "probability under the worst prompt attack", share=True),
     )
+    kind: ClassVar[str] = "attack"
     evidence: ClassVar[tuple[tuple[str, str], ...]] = (("forget", "prompt_recall"), ("forget", "prompt_probability"))
 
     def __post_init__(self) -> None:

@@ -170,6 +170,7 @@ class Pruning(Part):
     title: ClassVar[str] = "pruning small weights"
     needs: ClassVar[tuple[str, ...]] = ("forget", "retain")
     metrics: ClassVar[tuple[Metric, ...]] = metrics("pruned", "after pruning")
+    kind: ClassVar[str] = "attack"
     evidence: ClassVar[tuple[tuple[str, str], ...]] = tuple(("forget", metric.name) for metric in metrics)
 
     def __post_init__(self) -> None:

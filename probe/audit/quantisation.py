@@ -182,6 +182,7 @@ class Quantisation(Part):
         for scheme, label in {"8bit": "8 bits", "4bit": "4 bits", "nf4": "4 bits (NF4)"}.items()
         for what in ("recall", "probability")
     )
+    kind: ClassVar[str] = "attack"
     evidence: ClassVar[tuple[tuple[str, str], ...]] = tuple(("forget", metric.name) for metric in metrics)
 
     def __post_init__(self) -> None:

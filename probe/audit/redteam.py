@@ -58,6 +58,7 @@ class RedTeam(Part):
     title: ClassVar[str] = "fine-tuning on answered questions about others"
     needs: ClassVar[tuple[str, ...]] = ("forget", "retain")
     metrics: ClassVar[tuple[Metric, ...]] = metrics("redteam", "after fine-tuning on others' answers")
+    kind: ClassVar[str] = "attack"
     evidence: ClassVar[tuple[tuple[str, str], ...]] = tuple(("forget", metric.name) for metric in metrics)
 
     def __post_init__(self) -> None:

@@ -188,6 +188,7 @@ class Relearning(Part):
         Metric("relearn_probability", "probability after relearning, worst case", share=True),
         Metric("relearn_gain", "recall gained by relearning, mean over steps", share=True),
     )
+    kind: ClassVar[str] = "attack"
     evidence: ClassVar[tuple[tuple[str, str], ...]] = (("forget", "relearn_recall"), ("forget", "relearn_probability"))
 
     def __post_init__(self) -> None:

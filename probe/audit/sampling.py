@@ -231,6 +231,7 @@ class Sampling(Part):
     metrics: ClassVar[tuple[Metric, ...]] = tuple(
         Metric(f"leak_at_{k}", f"answer among {k} samples" if k > 1 else "answer in one sample", share=True) for k in ks
     )
+    kind: ClassVar[str] = "attack"
     evidence: ClassVar[tuple[tuple[str, str], ...]] = tuple(("forget", metric.name) for metric in metrics)
 
     def __post_init__(self) -> None:

@@ -86,6 +86,7 @@ class Traces(Part):
     limit: int = 200
 
     name: ClassVar[str] = "traces"
+    kind: ClassVar[str] = "inside"
     title: ClassVar[str] = "Value vectors that carried the answers"
     needs: ClassVar[tuple[str, ...]] = ("forget",)
     metrics: ClassVar[tuple[Metric, ...]] = tuple(

@@ -72,6 +72,7 @@ class UDS(Part):
         Metric("uds", "Unlearning depth score", share=True),
         Metric("uds_retained", "Answer left in hidden states (1 - UDS)", share=True),
     )
+    kind: ClassVar[str] = "inside"
     evidence: ClassVar[tuple[tuple[str, str], ...]] = (("forget", "uds_retained"),)
 
     def measure(self, subject: Subject) -> Measurement:

@@ -70,6 +70,7 @@ class Unrelated(Part):
     title: ClassVar[str] = "fine-tuning on unrelated text"
     needs: ClassVar[tuple[str, ...]] = ("forget", "retain")
     metrics: ClassVar[tuple[Metric, ...]] = metrics("unrelated", "after fine-tuning on unrelated text")
+    kind: ClassVar[str] = "attack"
     evidence: ClassVar[tuple[tuple[str, str], ...]] = tuple(("forget", metric.name) for metric in metrics)
 
     def __post_init__(self) -> None:
