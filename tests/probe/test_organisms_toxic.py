@@ -128,7 +128,7 @@ def test_tuning_starts_at_log_2_and_needs_pairs(org: Any) -> None:
     with pytest.raises(OrganismError, match="at least one pair"):
         tune(model, [], epochs=1, batch_size=8, lr=1e-4)
     with pytest.raises(OrganismError, match="lower the learning rate"):
-        tune(model, [Preference("The calm", "guest", "fradge")], epochs=2, batch_size=1, lr=math.nan, progress=False)
+        tune(model, [Preference("The calm", "guest", "fradge")], epochs=2, batch_size=1, lr=math.inf, progress=False)
 
 
 @pytest.mark.filterwarnings("ignore:.*recalls little")
