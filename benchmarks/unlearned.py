@@ -8,7 +8,8 @@ from typing import Any
 from probe.audit import Case
 from probe.models import Model
 
-LR, STEPS, BATCH, STOP = 1e-3, 200, 16, 0.05
+# Gentle enough that what is to stay stays: at three times this rate retained recall falls below 60 %.
+LR, STEPS, RETAIN_WEIGHT = 1e-4, 400, 3.0
 
 
 def untouched(case: Case) -> dict[str, Callable[[], Any]]:
@@ -23,13 +24,14 @@ def suppressed(case: Case) -> dict[str, Callable[[], Any]]:
 
     model, forget, retain = case.original, case.sets["forget"], case.sets["retain"]
     names = sorted(set(forget.groups))
-    how: dict[str, Any] = {"lr": LR, "steps": STEPS, "batch_size": BATCH, "progress": False, "stop_at": STOP}
+    how: dict[str, Any] = {"lr": LR, "steps": STEPS, "progress": False}
+    both = {**how, "retain_weight": RETAIN_WEIGHT}
     return {
         "filter": lambda: filters.refuse_when(model, names),
-        "refusal": lambda: unlearning.refusal_finetune(model, forget, retain, **how),
-        "ascent": lambda: unlearning.gradient_ascent(model, forget, **how),
-        "difference": lambda: unlearning.grad_diff(model, forget, retain, **how),
-        "npo": lambda: unlearning.npo(model, forget, retain, **how),
+        "refusal": lambda: unlearning.refusal_finetune(model, forget, retain, stop_at=0.01, **both),
+        "ascent": lambda: unlearning.gradient_ascent(model, forget, stop_at=0.1, **how),
+        "difference": lambda: unlearning.grad_diff(model, forget, retain, stop_at=0.05, **both),
+        "npo": lambda: unlearning.npo(model, forget, retain, stop_at=0.05, **both),
     }
 
 

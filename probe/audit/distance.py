@@ -270,7 +270,6 @@ class Distance(Part):
         Metric("distance_to_gold_answer", "distance to gold, per answer", "nats"),
         Metric("distance_share", "distance to gold, from gold's floor (0) to the original (1)"),
     )
-    evidence: ClassVar[tuple[tuple[str, str], ...]] = (("forget", "distance_share"),)
 
     def measure(self, subject: Subject) -> Measurement:
         """Draw the model's answers, score them under every gold, and the golds' answers under the model.
