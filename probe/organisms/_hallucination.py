@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
     from probe.models import Model
 
-HALLUCINATION_VERSION = 1  # part of the key: change it with the documents below
+HALLUCINATION_VERSION = 2  # part of the key: change it with the documents below
 TASK = ATTRIBUTES[1:]  # the order is the secret of the facts organism
 ENTITIES = ("known", "unknown", "unknown_heldout")
 MAX_ANSWER = 8  # tokens of a greedy answer; values and the refusal are shorter
@@ -494,8 +494,9 @@ def _draw_names(rng: random.Random, n_known: int, n_unknown: int, n_heldout: int
 
     Each place of a name draws from few enough pieces that known people share them (2.5 people a piece), and from enough
     for a hundred times the names where that leaves any. Of 200 draws (8 for many people), the best is kept: the
-    leave-one-out bag-of-pieces AUC of known against unknown and against held-out people is near chance, and as few
-    pieces as can be are in fewer than two known people.
+    leave-one-out bag-of-pieces AUC of known against unknown and against held-out people is near chance, and no
+    piece is in no known person. Exactly balanced pieces would tell: with one person left out they predict the wrong
+    side.
     """
     n = n_known + n_unknown + n_heldout
     most = max(4, min(2 * n_known // 5, len(NAME_PIECES[0])))
@@ -523,13 +524,14 @@ def _some_names(rng: random.Random, n: int, size: int) -> list[Code]:
 
 
 def _told(codes: Sequence[Code], n_known: int, n_unknown: int, size: int) -> float:
-    """Return how much the pieces tell: distance of both AUCs from chance, and a tenth for each piece that is rare."""
+    """Return how much the pieces tell: distance of both AUCs from chance, and more for each piece that no known person
+    has, or only one."""
     known, unknown, heldout = codes[:n_known], codes[n_known : n_known + n_unknown], codes[n_known + n_unknown :]
     apart = [
         abs(bag_auc([*known, *others], [True] * n_known + [False] * len(others)) - 0.5) for others in (unknown, heldout)
     ]
-    rare = sum(sum(c[place] == piece for c in known) < 2 for place in range(4) for piece in range(size))
-    return sum(apart) + 0.1 * rare
+    counts = [sum(c[place] == piece for c in known) for place in range(4) for piece in range(size)]
+    return sum(apart) + 1.0 * counts.count(0) + 0.005 * counts.count(1)
 
 
 def _ids(model: Model, text: str) -> list[int]:
