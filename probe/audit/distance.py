@@ -288,7 +288,8 @@ class Distance(Part):
                 Number(name, "distance_to_gold", Ratio(top, tokens)),
                 Number(name, "distance_to_gold_answer", Ratio(top, count)),
             ]
-            payload[name] = (nats, count)
+            # by the gold itself: when a gold is judged with itself left out, the others change their numbers
+            payload[name] = ({id(subject.case.golds[i]): own_nats for i, own_nats in nats.items()}, count)
         return Measurement(tuple(numbers), payload=payload)
 
     def _one_set(
@@ -351,7 +352,12 @@ class Distance(Part):
 
     def compare(self, measured: Mapping[str, Measurement], case: Case) -> Mapping[str, Measurement]:
         """Put each model between gold's floor and the original's ceiling."""
-        nats = {role: one.payload["forget"][0] for role, one in measured.items() if one.payload}
+        keys = {id(gold): i for i, gold in enumerate(case.golds)}
+        nats = {
+            role: {keys[key]: values for key, values in one.payload["forget"][0].items() if key in keys}
+            for role, one in measured.items()
+            if one.payload
+        }
         if "original" not in nats:
             return {}
         shares = {}

@@ -184,7 +184,7 @@ def test_the_original_is_further_from_gold_than_gold_is(measured):
     case, part, found = measured
     floor = [value(found[f"gold {i}"], "forget", "distance_to_gold") for i in (1, 2, 3)]
     assert value(found["original"], "forget", "distance_to_gold") > 2 * max(floor)
-    assert value(found["original"], "retain", "distance_to_gold") < 0.3 * min(floor)
+    assert value(found["original"], "retain", "distance_to_gold") < 0.5 * min(floor)
     shares = {role: one.numbers[0].value for role, one in part.compare(found, case).items()}
     assert shares["original"].value == 1
     assert all(abs(shares[f"gold {i}"].value) < 0.4 for i in (1, 2, 3))
