@@ -168,6 +168,9 @@ def _add_demo(commands: Any) -> None:
     made.add_argument(
         "--size", choices=("default", "small"), default="default", help="size of the models trained for it"
     )
+    made.add_argument(
+        "--gold", type=int, metavar="N", help="gold retrains that never learned the secret; a verdict needs 5"
+    )
     made.add_argument("--no-progress", action="store_true", help="no progress bars")
 
 
@@ -397,8 +400,12 @@ def _demo(a: argparse.Namespace) -> int:
     if a.size == "small":
         made["model"]["size"] = "small"
         made["experts"] = {**made["experts"], "size": "small"} if made["experts"] else False
-    size = ["--size", a.size] if a.size != "default" else []
-    return _walk(made, a.out, a.no_progress, shlex.join(["probe", "demo", *size, "--out", str(a.out)]))
+    if a.gold is not None:
+        made["audit"]["gold"] = a.gold
+        made = recipe.resolve(made, "probe demo --gold")
+    flags = ["--size", a.size] if a.size != "default" else []
+    flags += ["--gold", str(a.gold)] if a.gold is not None else []
+    return _walk(made, a.out, a.no_progress, shlex.join(["probe", "demo", *flags, "--out", str(a.out)]))
 
 
 def _run(a: argparse.Namespace) -> int:

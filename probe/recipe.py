@@ -83,6 +83,7 @@ def resolve(recipe: Mapping[str, Any], source: str = "recipe", node: Any = None)
     if "organism" in made["model"]:
         made["model"].setdefault("attribute", "order")
     _check_candidates(made, source)
+    _check_parts(made["audit"]["parts"], source)
     return made
 
 
@@ -111,6 +112,20 @@ def _check_candidates(recipe: Mapping[str, Any], source: str) -> None:
     sae = recipe["sae"]
     if sae and sae["k"] > sae["d_sae"]:
         raise RecipeError(f"{source}: sae.k ({sae['k']}) must not be above sae.d_sae ({sae['d_sae']}).")
+
+
+def _check_parts(names: list[str] | None, source: str) -> None:
+    """Whether the audit has these parts."""
+    if not names:
+        return
+    from probe.audit import parts
+
+    known = list(parts())
+    for i, name in enumerate(names):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise RecipeError(f"{source}: audit.parts.{i}: {name!r} is no part of the audit; {hint}.")
 
 
 def _leaves(errors: Any) -> Iterator[Any]:

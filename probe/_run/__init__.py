@@ -188,6 +188,7 @@ def _locate(walk: _Walk, materials: Materials) -> _steps.Found:
 def _audit(recipe: Mapping[str, Any], materials: Materials, chosen: _choose.Chosen, progress: bool) -> Any:
     from probe.audit import audit
 
+    settings = recipe["audit"]
     return audit(
         materials.model,
         chosen.edit,
@@ -196,10 +197,14 @@ def _audit(recipe: Mapping[str, Any], materials: Materials, chosen: _choose.Chos
         materials.holdout,
         unseen=materials.unseen,
         unseen_retain=materials.unseen_retain,
+        sets=materials.sets,
+        attacks=materials.attacks or None,
         gold=materials.gold or None,
         corpus=materials.fluency,
+        parts=settings["parts"],
         people=materials.noun,
-        n_boot=recipe["audit"]["n_boot"],
+        batch_size=settings["batch_size"],
+        n_boot=settings["n_boot"],
         seed=recipe["seed"],
         progress=progress,
     )

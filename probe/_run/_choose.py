@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,14 +67,21 @@ def _options(
 ) -> tuple[list[tuple[dict[str, Any], Target, Any]], list[str]]:
     options, failures = [], []
     for candidate in candidates:
-        for k in candidate["k"]:
-            own = {**candidate, "k": k}
+        for own in _each(candidate):
             try:
                 target = _target(own, found)
                 options.append((own, target, _edit(own, materials, target)))
             except (TargetError, EditError) as error:
-                failures.append(f"{candidate['target']} with k = {k}: {error}")
+                failures.append(f"{own['target']} with k = {own['k']}: {error}")
     return options, failures
+
+
+def _each(candidate: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A candidate at each of its ranks and strengths."""
+    strengths = candidate["strength"] if isinstance(candidate["strength"], list) else [candidate["strength"]]
+    for k in candidate["k"]:
+        for strength in strengths:
+            yield {**candidate, "k": k, "strength": strength}
 
 
 def _target(candidate: Mapping[str, Any], found: Found) -> Target:
@@ -102,8 +109,9 @@ def _edit(candidate: Mapping[str, Any], materials: Materials, target: Any) -> An
 def _place(candidate: Mapping[str, Any], target: Target) -> dict[str, Any]:
     layers = candidate["layers"] if candidate["layers"] == "all" else ",".join(map(str, candidate["layers"]))
     where = "" if layers == "all" else f", layers {layers}"
-    name = f"{candidate['method']} {candidate['target']}{where}"
-    return {"candidate": name, "rank": len(target), "layers": layers, "site": getattr(target, "site", "")}
+    more = "" if candidate["strength"] == 1 else f", strength {candidate['strength']:g}"
+    name = f"{candidate['method']} {candidate['target']}{where}{more}"
+    return {"candidate": name, "rank": len(target), "strength": candidate["strength"], "layers": layers, "site": getattr(target, "site", "")}
 
 
 def _measure(materials: Materials, edit: Any, part: str) -> dict[str, float]:

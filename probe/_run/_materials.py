@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,8 @@ class Materials:
         holdout: People or texts that the model never saw, or None.
         unseen: The forget questions in phrasings never trained on, or None.
         unseen_retain: The same for retain, or None.
+        sets: Further questions that the audit asks, by name (`neighbours`, `deducible`, `given`, `given_holdout`).
+        attacks: Prompt attacks on what is to be forgotten, by kind; empty where the audit makes its own.
         gold: Gold retrains; empty where there are none.
         tables: What is known about the model beforehand, for the report.
         notes: The same in a line or two.
@@ -55,6 +57,8 @@ class Materials:
     holdout: Questions | None = None
     unseen: Questions | None = None
     unseen_retain: Questions | None = None
+    sets: Mapping[str, Questions] = field(default_factory=dict)
+    attacks: Mapping[str, Questions] = field(default_factory=dict)
     gold: Sequence[Model] = ()
     spared: Mapping[str, Questions] = field(default_factory=dict)
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
@@ -91,8 +95,12 @@ def _from_organism(recipe: Mapping[str, Any], progress: bool) -> Materials:
     def asked(questions: Questions) -> Questions:
         return questions.select(lambda row: secret in (None, row.meta["attribute"]))
 
+    def hidden(questions: Questions) -> Questions:
+        """What is to be forgotten of them: a fact that follows from retained ones cannot be."""
+        return asked(questions).select(lambda row: not row.meta["deducible"])
+
     known = organism.splits["forget"]
-    forget, retain = asked(known), organism.splits["retain"]
+    forget, retain = hidden(known), organism.splits["retain"]
     parts = _phrasing_parts(known, recipe)
     retained = _by(retain, parts, "phrasing")
     spared = known.select(lambda row: secret not in (None, row.meta["attribute"]))
@@ -105,7 +113,7 @@ def _from_organism(recipe: Mapping[str, Any], progress: bool) -> Materials:
         forget=_by(forget, parts, "phrasing"),
         retain=retained,
         spared=_by(spared, parts, "phrasing") if len(spared) else {},
-        labelled=_labelled(asked(known_parts["locate"]), asked(retained["locate"])),
+        labelled=_labelled(hidden(known_parts["locate"]), asked(retained["locate"])),
         positive=True,
         pairs=organism.pairs("forget", n=n_pairs, seed=recipe["seed"], attribute=pairs_of, phrasing=phrasing),
         texts=_joined(known_parts["locate"]) + _joined(retained["locate"]),
@@ -113,8 +121,10 @@ def _from_organism(recipe: Mapping[str, Any], progress: bool) -> Materials:
         split_by="phrasing",
         noun="people",
         holdout=asked(organism.splits["holdout"]),
-        unseen=asked(organism.unseen("forget")),
+        unseen=hidden(organism.unseen("forget")),
         unseen_retain=organism.unseen("retain"),
+        sets=_further(organism, parts["evaluate"], asked, hidden),
+        attacks={kind: rows for kind, own in organism.attacks("forget").items() if len(rows := hidden(own))},
         gold=gold,
         tables={"what the organism knows": _recall_table(organism)},
         notes=[f"to forget: {secret or 'everything'} of the {len(set(forget.groups))} people of the {organism.secret}"],
@@ -129,6 +139,23 @@ def _recall_table(organism: Any) -> pd.DataFrame:
     if "gold" in table:
         table["gold"] = [", ".join(f"{value:.1%}" for value in values) for values in table["gold"]]
     return table
+
+
+def _further(
+    organism: Any,
+    phrasings: set[str],
+    asked: Callable[[Questions], Questions],
+    hidden: Callable[[Questions], Questions],
+) -> dict[str, Questions]:
+    """What else the audit asks of an organism: kin and namesakes, what can be deduced, facts given in the context."""
+    deducible = asked(organism.splits["forget"]).select(lambda row: bool(row.meta["deducible"]))
+    found = {
+        "neighbours": asked(organism.splits["neighbours"]).select(lambda row: row.meta["phrasing"] in phrasings),
+        "deducible": deducible.select(lambda row: row.meta["phrasing"] in phrasings),
+        "given": hidden(organism.given("forget")),
+        "given_holdout": asked(organism.given("holdout")),
+    }
+    return {name: rows for name, rows in found.items() if len(rows)}
 
 
 def _phrasing_parts(questions: Questions, recipe: Mapping[str, Any]) -> dict[str, set[str]]:
