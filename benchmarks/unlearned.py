@@ -63,7 +63,7 @@ def rounded(model: Model) -> Model:
     from probe.audit.quantisation import quantise_
 
     own = copied(model)
-    quantise_(own, "int8")
+    quantise_(own, "8bit")
     return own
 
 

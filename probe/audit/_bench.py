@@ -24,6 +24,7 @@ from probe.data import Questions
 from probe.errors import AuditError, DataError
 from probe.models import Model
 
+_LONGEST = 240  # characters of a sentence on what is missing: it may quote a prompt
 _MISSING = {
     "edited": "an edited model",
     "holdout": "people never trained on (holdout)",
@@ -255,6 +256,7 @@ def _said(missing: Mapping[str, Sequence[str]], n_models: int) -> list[str]:
     """What could not be measured, and of which models unless of all; sentences that differ in a number are one."""
     together: dict[str, tuple[str, list[str]]] = {}
     for sentence, roles in missing.items():
+        sentence = sentence if len(sentence) <= _LONGEST else f"{sentence[: _LONGEST - 1]}…"
         together.setdefault(re.sub(r"\d+(\.\d+)?", "#", sentence), (sentence, []))[1].extend(roles)
     return [s if len(set(r)) == n_models else f"{s} ({', '.join(dict.fromkeys(r))})" for s, r in together.values()]
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from probe.data import Questions
 from probe.models import Model
 
 SPLITS = ("forget", "retain", "neighbours", "holdout", "real_authors", "world_facts")
+
+_FAMILY = {
+    "unseen": "forget",
+    "deducible": "forget",
+    "given": "forget",
+    "unseen_retain": "retain",
+    "neighbours": "retain",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,17 +74,44 @@ class Case:
         """
         replaced = settings.pop("sets", {})
         sets = {name: organism.splits[name] for name in SPLITS if name in organism.splits}
-        sets |= {"unseen": organism.unseen("forget"), "unseen_retain": organism.unseen("retain")}
+        sets |= _unseen(organism, sets)
         if hasattr(organism, "given"):
             sets |= {"given": organism.given("forget"), "given_holdout": organism.given("holdout")}
         attacks = organism.attacks("forget") if hasattr(organism, "attacks") else {}
         settings.setdefault("attacks", {kind: _secret(rows) for kind, rows in attacks.items()})
+        deducible = sets["forget"].select(lambda row: bool(row.meta.get("deducible"))) if "forget" in sets else ()
         sets |= {name: _secret(sets[name]) for name in ("forget", "unseen", "given") if name in sets}
-        deducible = organism.splits["forget"].select(lambda row: bool(row.meta.get("deducible")))
         if len(deducible):
             sets["deducible"] = deducible
+        sets = _told_apart(sets)
         golds = organism.gold.train(n_gold)[:n_gold] if n_gold else ()
         return cls(organism.model, {**sets, **replaced}, golds, **settings)
+
+
+def _unseen(organism: Any, sets: Mapping[str, Questions]) -> dict[str, Questions]:
+    """Phrasings never trained on, of the same people; those that only other people have are no set of their own."""
+    found = {}
+    for name, split in (("unseen", "forget"), ("unseen_retain", "retain")):
+        if split in sets and split in organism._unseen:
+            rows = organism.unseen(split)
+            if len(rows) and set(rows.groups) <= set(sets[split].groups):
+                found[name] = rows
+    return found
+
+
+def _told_apart(sets: Mapping[str, Questions]) -> dict[str, Questions]:
+    """The sets, with groups that bear the split's name where forget and retain speak of the same things.
+
+    The towns of a mixture of experts are in every domain: what is asked of them differs, and sets are drawn apart.
+    """
+    if "forget" not in sets or "retain" not in sets:
+        return dict(sets)
+    if not set(sets["forget"].groups) & set(sets["retain"].groups):
+        return dict(sets)
+    return {
+        name: Questions((replace(row, group=f"{row.group} ({_FAMILY.get(name, name)})") for row in rows), rows.name)
+        for name, rows in sets.items()
+    }
 
 
 def _secret(rows: Questions) -> Questions:

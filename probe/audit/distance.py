@@ -334,7 +334,9 @@ class Distance(Part):
     def _draw(self, model: Model, case: Case, rows: Questions) -> _Drawn:
         tokens = answer_tokens(model, [(row.question, row.answer) for row in rows], bos=case.bos, chat=case.chat)
         prompts = [row.input_ids[: row.start] for row in tokens]
-        settings = {"max_new_tokens": self.max_new_tokens, "batch_size": case.batch_size, "seed": case.seed}
+        context = int(getattr(model.hf.config.get_text_config(), "max_position_embeddings", 0) or 0)
+        room = context - max(len(one) for one in prompts) if context else self.max_new_tokens
+        settings = {"max_new_tokens": min(self.max_new_tokens, room), "batch_size": case.batch_size, "seed": case.seed}
         samples = sample_answers(model, prompts, self.n_samples, **settings)
         return _Drawn(samples, tuple(_logprobs(model, samples, case.batch_size)))
 
