@@ -101,13 +101,17 @@ def test_guided_completion_of_a_model_that_knows_the_data_set():
 
 
 def test_trained_texts_of_the_organism_are_found_and_golds_are_not():
-    case = small_case(1)
+    """A gold, too, says the same wrong answer often (0.72): what it is peaked about, it need not have read."""
+    case = small_case()
     rows, clean = (spaced(case.sets[name], 30) for name in ("forget", "holdout"))
-    for model, seen in ((case.original, True), (case.golds[0], False)):
+    peaked = []
+    for model, seen in ((case.original, True), *((gold, False) for gold in case.golds)):
         auc = min_k_contamination(model, texts(rows), texts(clean), groups=rows.groups).comparison.value
+        assert (auc > 0.85) == seen
         settings = {"n_samples": 10, "max_new_tokens": 4, "temperature": 1.0, "groups": rows.groups}
-        peaked = peakedness(model, [row.question for row in rows], **settings).score.value
-        assert (auc > 0.85) == seen and (peaked > 0.7) == seen
+        peaked.append(peakedness(model, [row.question for row in rows], **settings).score)
+    assert peaked[0].value > 0.85
+    assert all(peaked[0].low > gold.high for gold in peaked[1:])
     alone = min_k_contamination(case.original, texts(rows))
     assert alone.comparison is None and "no clean texts" in alone.missing[0] and alone.share is None
 
