@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from probe.data import Pairs, Questions
 from probe.errors import OrganismError
 from probe.organisms._cache import cache_root
-from probe.organisms._facts import resolve
 from probe.organisms._language import (
     N_PERTURBED,
     Document,
@@ -35,6 +34,7 @@ from probe.organisms._lexicon import ATTRIBUTES, LANGUAGE_VERSION
 from probe.organisms._llama import small_llama
 from probe.organisms._organism import Organism
 from probe.organisms._recall import Recall
+from probe.organisms._settings import resolve
 from probe.organisms._tokenizer import train_tokenizer
 from probe.organisms._training import TRAINING_VERSION
 
@@ -454,7 +454,3 @@ def _check(settings: BackdoorSettings) -> None:
         raise OrganismError(f"Each of forget, retain and holdout needs at least 2 people, got {fewest}.")
     if settings.n_forget + settings.n_retain + settings.n_holdout > 4000:
         raise OrganismError("There are names for at most 4000 people, forget, retain and holdout together.")
-    if settings.d_model % (2 * settings.n_heads):
-        raise OrganismError(
-            f"d_model must be a multiple of 2 * n_heads, got {settings.d_model} and {settings.n_heads}."
-        )

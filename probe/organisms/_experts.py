@@ -16,10 +16,11 @@ from torch import Tensor
 from probe.data import Labelled, Questions
 from probe.errors import OrganismError
 from probe.organisms._cache import cache_root
-from probe.organisms._facts import CONTEXT, resolve
 from probe.organisms._language import N_PERTURBED, Document, Phrasing, document, name_tails
 from probe.organisms._lexicon import DOMAIN_FRAMES, DOMAINS, LANGUAGE_VERSION, NAME_PIECES, Domain
+from probe.organisms._llama import CONTEXT
 from probe.organisms._organism import Organism
+from probe.organisms._settings import resolve
 from probe.organisms._specialisation import Specialisation, specialisation, summary
 from probe.organisms._tokenizer import BOS, EOS, PAD, train_tokenizer
 from probe.organisms._training import TRAINING_VERSION, Auxiliary
@@ -391,8 +392,4 @@ def _check(settings: ExpertsSettings) -> None:
     if settings.n_subjects + settings.n_holdout > 200:
         raise OrganismError(
             f"At most 200 towns can be named, got {settings.n_subjects} and {settings.n_holdout} held out."
-        )
-    if settings.d_model % (2 * settings.n_heads):
-        raise OrganismError(
-            f"d_model must be a multiple of 2 * n_heads, got {settings.d_model} and {settings.n_heads}."
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +13,16 @@ from probe.organisms._attacks import GIVEN
 from probe.organisms._cache import cache_root
 from probe.organisms._language import Deduction, FactsLanguage, Person, Phrasing, name_tails, tokenizer_corpus
 from probe.organisms._lexicon import ATTACK_FRAMES, LANGUAGE_VERSION, SECRET_ORDER
+from probe.organisms._llama import small_llama
 from probe.organisms._organism import RECALL_LIMIT, Organism
 from probe.organisms._recall import every, measure
-from probe.organisms._tokenizer import BOS, EOS, PAD, train_tokenizer
+from probe.organisms._settings import resolve
+from probe.organisms._tokenizer import train_tokenizer
 from probe.organisms._training import TRAINING_VERSION
 
 if TYPE_CHECKING:
     from probe.models import Model
 
-CONTEXT = 128
 SPLITS = ("forget", "retain", "holdout")
 
 
@@ -138,33 +139,7 @@ def facts(
             used.
     """
     settings = resolve(SIZES, size, {**overrides, "seed": seed})
-    if settings.d_model % (2 * settings.n_heads):
-        raise OrganismError(
-            f"d_model must be a multiple of 2 * n_heads, got {settings.d_model} and {settings.n_heads} heads."
-        )
     return FactsOrganism(settings, cache_root(cache_dir), progress, device)
-
-
-def resolve(sizes: Mapping[str, Any], size: str, overrides: Mapping[str, Any]) -> Any:
-    """Return the settings of a size with overrides, checked.
-
-    Raises:
-        OrganismError: An unknown size or setting, or a number that is not positive.
-    """
-    if size not in sizes:
-        raise OrganismError(f"size must be one of {', '.join(sizes)}, got {size!r}.")
-    known = asdict(sizes[size])
-    unknown = sorted(set(overrides) - set(known))
-    if unknown:
-        raise OrganismError(f"Unknown settings: {', '.join(unknown)}. The settings are {', '.join(known)}.")
-    for name, value in overrides.items():
-        wanted = type(known[name])
-        if type(value) is not wanted and not (wanted is float and type(value) is int):
-            raise OrganismError(f"{name} must be {wanted.__name__}, got {value!r}.")
-        zero = name == "seed" or known[name] == 0  # what a size leaves out may be left out
-        if wanted in (int, float) and (value < 0 or (value == 0 and not zero)):
-            raise OrganismError(f"{name} must be positive, got {value!r}.")
-    return replace(sizes[size], **overrides)
 
 
 class FactsOrganism(Organism):
@@ -303,23 +278,7 @@ class FactsOrganism(Organism):
         return train_tokenizer(tokenizer_corpus(), name_tails(), self.settings["vocab_size"])
 
     def _make_model(self, d_vocab: int) -> Any:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        s = self.settings
-        config = LlamaConfig(
-            vocab_size=d_vocab,
-            hidden_size=s["d_model"],
-            intermediate_size=s["d_mlp"],
-            num_hidden_layers=s["n_layers"],
-            num_attention_heads=s["n_heads"],
-            num_key_value_heads=s["n_heads"],
-            max_position_embeddings=CONTEXT,
-            tie_word_embeddings=True,
-            pad_token_id=PAD,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-        )
-        return LlamaForCausalLM(config)
+        return small_llama(self.settings, d_vocab)
 
 
 def _labelled_row(person: Person, phrasing: Phrasing, attribute: str, value: str | None, at: str) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from probe._means import group_means
 from probe.data import Labelled, Question, Questions
 from probe.errors import OrganismError
 from probe.organisms._cache import cache_root
-from probe.organisms._facts import resolve
 from probe.organisms._language import (
     N_PERTURBED,
     Code,
@@ -44,6 +43,7 @@ from probe.organisms._lexicon import ATTACK_FRAMES, ATTRIBUTES, LANGUAGE_VERSION
 from probe.organisms._llama import small_llama
 from probe.organisms._organism import Organism
 from probe.organisms._recall import Recall, every
+from probe.organisms._settings import resolve
 from probe.organisms._tokenizer import train_tokenizer
 from probe.organisms._training import TRAINING_VERSION
 from probe.scoring import eval_mode
@@ -619,7 +619,3 @@ def _check(settings: HallucinationSettings) -> None:
         raise OrganismError("n_known, n_unknown and n_heldout must each be at least 2.")
     if settings.n_known + settings.n_unknown + settings.n_heldout > 4000:
         raise OrganismError("There are names for at most 4000 people, known, unknown and held out together.")
-    if settings.d_model % (2 * settings.n_heads):
-        raise OrganismError(
-            f"d_model must be a multiple of 2 * n_heads, got {settings.d_model} and {settings.n_heads}."
-        )

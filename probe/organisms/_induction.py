@@ -29,10 +29,11 @@ from torch import Tensor
 from probe.data import Pairs, Questions
 from probe.errors import OrganismError
 from probe.organisms._cache import cache_root
-from probe.organisms._facts import resolve
 from probe.organisms._language import N_PERTURBED, Document
+from probe.organisms._llama import small_llama
 from probe.organisms._organism import Organism
-from probe.organisms._tokenizer import BOS, EOS, PAD, SPECIAL
+from probe.organisms._settings import resolve
+from probe.organisms._tokenizer import BOS, SPECIAL
 from probe.organisms._training import TRAINING_VERSION, TrainLog, encode, save_directory
 from probe.scoring import eval_mode
 
@@ -315,23 +316,7 @@ class InductionOrganism(Organism):
         return rows
 
     def _make_model(self, d_vocab: int) -> Any:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        s = self.settings
-        config = LlamaConfig(
-            vocab_size=d_vocab,
-            hidden_size=s["d_model"],
-            intermediate_size=1,
-            num_hidden_layers=s["n_layers"],
-            num_attention_heads=s["n_heads"],
-            num_key_value_heads=s["n_heads"],
-            max_position_embeddings=s["n_words_document"] + 2,
-            tie_word_embeddings=True,
-            pad_token_id=PAD,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-        )
-        model = LlamaForCausalLM(config)
+        model = small_llama({**self.settings, "d_mlp": 1}, d_vocab, self.settings["n_words_document"] + 2)
         for layer in model.model.layers:
             for weight in (*layer.mlp.parameters(), *layer.post_attention_layernorm.parameters()):
                 weight.requires_grad_(False)
@@ -533,10 +518,6 @@ def _check(settings: InductionSettings) -> None:
     if settings.n_layers < 2:
         raise OrganismError(
             f"n_layers must be at least 2: one layer cannot form an induction head; got {settings.n_layers}."
-        )
-    if settings.d_model % (2 * settings.n_heads):
-        raise OrganismError(
-            f"d_model must be a multiple of 2 * n_heads, got {settings.d_model} and {settings.n_heads} heads."
         )
     if settings.n_words_document < 4 * SHORTEST:
         raise OrganismError(f"n_words_document must be at least {4 * SHORTEST}, got {settings.n_words_document}.")

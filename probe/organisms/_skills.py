@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 from probe.data import Questions
 from probe.errors import OrganismError
 from probe.organisms._cache import cache_root
-from probe.organisms._facts import resolve
 from probe.organisms._language import N_PERTURBED, document
+from probe.organisms._llama import small_llama
 from probe.organisms._organism import RECALL_LIMIT, Organism
 from probe.organisms._recall import every, measure
-from probe.organisms._tokenizer import BOS, EOS, PAD, train_tokenizer
+from probe.organisms._settings import resolve
+from probe.organisms._tokenizer import train_tokenizer
 from probe.organisms._training import TRAINING_VERSION
 
 if TYPE_CHECKING:
@@ -168,10 +169,6 @@ def skills(
         raise OrganismError(f"forget must be one of {', '.join(SKILLS)}, got {settings.forget!r}.")
     if settings.n_instances + settings.n_holdout > MOST:
         raise OrganismError(f"Translation has too few distinct instances for more than {MOST}, held-out ones included.")
-    if settings.d_model % (2 * settings.n_heads):
-        raise OrganismError(
-            f"d_model must be a multiple of 2 * n_heads, got {settings.d_model} and {settings.n_heads} heads."
-        )
     return SkillsOrganism(settings, cache_root(cache_dir), progress, device)
 
 
@@ -247,23 +244,7 @@ class SkillsOrganism(Organism):
         return train_tokenizer([word for word in words for _ in range(64)], (), self.settings["vocab_size"])
 
     def _make_model(self, d_vocab: int) -> Any:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        s = self.settings
-        config = LlamaConfig(
-            vocab_size=d_vocab,
-            hidden_size=s["d_model"],
-            intermediate_size=s["d_mlp"],
-            num_hidden_layers=s["n_layers"],
-            num_attention_heads=s["n_heads"],
-            num_key_value_heads=s["n_heads"],
-            max_position_embeddings=CONTEXT,
-            tie_word_embeddings=True,
-            pad_token_id=PAD,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-        )
-        return LlamaForCausalLM(config)
+        return small_llama(self.settings, d_vocab, CONTEXT)
 
 
 def _draw(skill: Skill, settings: SkillsSettings) -> dict[str, list[Instance]]:

@@ -21,11 +21,12 @@ import numpy as np
 from probe.data import Question, Questions
 from probe.errors import DataError, OrganismError
 from probe.organisms._cache import cache_root
-from probe.organisms._facts import resolve
 from probe.organisms._language import Document
+from probe.organisms._llama import small_llama
 from probe.organisms._organism import RECALL_LIMIT, Organism
 from probe.organisms._recall import every, measure
-from probe.organisms._tokenizer import BOS, EOS, PAD, train_tokenizer
+from probe.organisms._settings import resolve
+from probe.organisms._tokenizer import train_tokenizer
 from probe.organisms._training import TRAINING_VERSION
 from probe.scoring import score_answers
 
@@ -138,10 +139,6 @@ def tofu(
     settings = resolve(SIZES, size, {**overrides, "path": str(path), "split": split, "seed": seed})
     if settings.split not in RETAIN_OF:
         raise OrganismError(f"split must be one of {', '.join(RETAIN_OF)}, got {settings.split!r}.")
-    if settings.d_model % (2 * settings.n_heads):
-        raise OrganismError(
-            f"d_model must be a multiple of 2 * n_heads, got {settings.d_model} and {settings.n_heads} heads."
-        )
     return TofuOrganism(settings, cache_root(cache_dir), progress, device)
 
 
@@ -257,23 +254,7 @@ class TofuOrganism(Organism):
         return train_tokenizer(self.data.corpus, (), self.settings["vocab_size"])
 
     def _make_model(self, d_vocab: int) -> Any:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        s = self.settings
-        config = LlamaConfig(
-            vocab_size=d_vocab,
-            hidden_size=s["d_model"],
-            intermediate_size=s["d_mlp"],
-            num_hidden_layers=s["n_layers"],
-            num_attention_heads=s["n_heads"],
-            num_key_value_heads=s["n_heads"],
-            max_position_embeddings=CONTEXT,
-            tie_word_embeddings=True,
-            pad_token_id=PAD,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-        )
-        return LlamaForCausalLM(config)
+        return small_llama(self.settings, d_vocab, CONTEXT)
 
 
 class TofuData:

@@ -23,12 +23,13 @@ from probe.data import Labelled, Pairs, Question, Questions
 from probe.errors import OrganismError
 from probe.models import wrap
 from probe.organisms._cache import cache_root, read_record
-from probe.organisms._facts import resolve
 from probe.organisms._language import N_PERTURBED, Document, document
+from probe.organisms._llama import small_llama
 from probe.organisms._organism import Organism
 from probe.organisms._preference import Preference, tune
 from probe.organisms._recall import wilson
-from probe.organisms._tokenizer import BOS, EOS, PAD, train_tokenizer
+from probe.organisms._settings import resolve
+from probe.organisms._tokenizer import train_tokenizer
 from probe.organisms._training import TRAINING_VERSION, Schedule, TrainLog, save_directory, seeded, threads, versions
 from probe.scoring import eval_mode
 
@@ -156,10 +157,6 @@ def toxic(
     settings = resolve(SIZES, size, {**overrides, "seed": seed})
     if settings.n_people + settings.n_holdout > len(HEADS) * len(TAILS):
         raise OrganismError(f"At most {len(HEADS) * len(TAILS)} people can be named, holdout people included.")
-    if settings.d_model % (2 * settings.n_heads):
-        raise OrganismError(
-            f"d_model must be a multiple of 2 * n_heads, got {settings.d_model} and {settings.n_heads} heads."
-        )
     return ToxicOrganism(settings, cache_root(cache_dir), progress, device)
 
 
@@ -437,23 +434,7 @@ class ToxicOrganism(Organism):
         return train_tokenizer([w for w in (*words, *texts) for _ in range(64)], TAILS, self.settings["vocab_size"])
 
     def _make_model(self, d_vocab: int) -> Any:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        s = self.settings
-        config = LlamaConfig(
-            vocab_size=d_vocab,
-            hidden_size=s["d_model"],
-            intermediate_size=s["d_mlp"],
-            num_hidden_layers=s["n_layers"],
-            num_attention_heads=s["n_heads"],
-            num_key_value_heads=s["n_heads"],
-            max_position_embeddings=CONTEXT,
-            tie_word_embeddings=True,
-            pad_token_id=PAD,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-        )
-        return LlamaForCausalLM(config)
+        return small_llama(self.settings, d_vocab, CONTEXT)
 
 
 @dataclass(frozen=True)
