@@ -104,7 +104,7 @@ def quantised(model: Any, case: Any) -> Any:
     from probe.audit.quantisation import quantise_
 
     own = unlearned.copied(model)
-    quantise_(own, "nf4")
+    quantise_(own.hf, "nf4")
     return own
 
 

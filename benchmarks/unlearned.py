@@ -63,7 +63,7 @@ def rounded(model: Model) -> Model:
     from probe.audit.quantisation import quantise_
 
     own = copied(model)
-    quantise_(own, "8bit")
+    quantise_(own.hf, "8bit")
     return own
 
 

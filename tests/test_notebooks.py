@@ -15,6 +15,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LEFT = {
     "01_the_whole_road": "the_whole_road_small/model/edit.json",
     "02_the_activations_cache": "the_activations_cache_small/answers.safetensors",
+    "03_removed_or_suppressed": "removed_or_suppressed_small/card/card.json",
 }
 
 
