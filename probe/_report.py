@@ -79,7 +79,7 @@ def _page(results: Mapping[str, Any]) -> Report:
 def _gist(card: ReportCard) -> list[str]:
     """What of the card belongs into the summary."""
     return [
-        card.sentences[key] for key in ("forget", "retain", "corpus", "distance", "verdict") if key in card.sentences
+        card.sentences[key] for key in ("forget", "verdict", "retain", "corpus", "distance") if key in card.sentences
     ]
 
 
@@ -91,6 +91,8 @@ def sections(results: Mapping[str, Any]) -> list[Section]:
             continue
         if hasattr(value, "kind") and hasattr(value, "ranking"):
             made.append(_scores_section(value, "" if key in KEYS else key))
+        elif key == "audit":
+            made += _audit_sections(value)
         elif key in _BUILDERS:
             made.append(_BUILDERS[key](value))
         elif key == "tables":
@@ -318,28 +320,185 @@ def _edit_section(edit: Any) -> Section:
     return Section("What was changed", "\n\n".join(text), table=table, part="edit")
 
 
-def _audit_section(card: ReportCard) -> Section:
+def _audit_sections(card: ReportCard) -> list[Section]:
+    """The verdict and what it rests on, the numbers of all models, then the attacks and the looks inside one by one."""
+    return [*_verdict_sections(card), _numbers_section(card), *_detail_sections(card)]
+
+
+def _verdict_sections(card: ReportCard) -> list[Section]:
+    """Verdict, evidence and costs; nothing where no edit was made."""
+    if card.verdict is None:
+        return []
+    label, evidence, cost = card.verdict.label, card.verdict.evidence, card.verdict.cost
+    text = [card.verdict.sentence]
+    figures = []
+    if len(evidence) and evidence["share"].notna().any():
+        text.append(_SHARE)
+        figures.append(_evidence_figure(evidence))
+    title = f"The verdict: {label}" if label else "No verdict, and what there is to judge by"
+    table = _evidence_table(evidence) if len(evidence) else None
+    made = [Section(title, "\n\n".join(text), figures, table, part="audit")]
+    if len(cost):
+        what = (
+            "What was to stay, before and after. A model that never learned the forget set (gold) shows what is free."
+        )
+        made.append(Section("What the edit cost", what, table=_cost_table(cost), part="audit"))
+    return made
+
+
+_SHARE = (
+    "A share is (edited - gold) / (original - gold), with the mean of the golds: 0 % is what a model does that never "
+    "learned the forget set, 100 % what the original does. A share above its threshold speaks of knowledge that is "
+    "still there. Evidence that cannot tell the original from the golds is not heard."
+)
+
+
+def _evidence_figure(evidence: pd.DataFrame) -> Any:
+    from probe.audit._words import metric_label
+    from probe.plots import evidence_dots
+
+    labels = {name: metric_label(name) for name in evidence["metric"]}
+    title = "What is left: each piece of evidence between gold (0 %) and the original (100 %); a tick is its threshold"
+    figure = evidence_dots(evidence, labels, title=title)
+    shown = evidence.loc[evidence["share"].notna(), "share"].astype(float)
+    figure.update_xaxes(range=[min(-0.25, shown.min() - 0.05), max(1.05, shown.max() + 0.05)])
+    return figure.update_xaxes(title="share of what the original knows", dtick=0.25)
+
+
+def _evidence_table(evidence: pd.DataFrame) -> pd.DataFrame:
+    """The evidence as it is read: values with their units, gold with its range."""
+    import pandas as pd
+
+    from probe.audit._words import metric_label, number, set_label
+
+    def row(one: Mapping[str, Any]) -> dict[str, str]:
+        own = {key: number(float(one[key]), one["metric"]) for key in ("original", "edited", "gold")}
+        ends = [number(float(one[key]), one["metric"]).removesuffix(" %") for key in ("gold_low", "gold_high")]
+        return {
+            "evidence": metric_label(one["metric"]),
+            "set": set_label(one["set"]),
+            "kind": one["kind"] or "–",
+            **own,
+            "gold": f"{own['gold']} [{ends[0]}, {ends[1]}]",
+            "share": "–" if _unknown(one["share"]) else f"{one['share']:.0%}",
+            "threshold": "–" if _unknown(one["threshold"]) else f"{one['threshold']:.0%}",
+            "heard": "yes" if one["heard"] else f"no: {one['why']}",
+        }
+
+    return pd.DataFrame([row(one) for one in evidence.to_dict("records")])
+
+
+def _cost_table(cost: pd.DataFrame) -> pd.DataFrame:
+    import pandas as pd
+
+    from probe.audit._words import metric_label, number, set_label
+
+    rows = []
+    for one in cost.to_dict("records"):
+        own = {key: number(float(one[key]), one["metric"]) for key in ("original", "edited", "gold")}
+        change = number(float(one["change"]), one["metric"], signed=True)
+        rows.append({"what": f"{metric_label(one['metric'])}, {set_label(one['set'])}", **own, "change": change})
+    return pd.DataFrame(rows)
+
+
+def _numbers_section(card: ReportCard) -> Section:
     gold = int(card.settings.get("golds", 0))
-    figures = [card.plot(title=_bars_caption(card, gold))]
+    figures = [_with_set_names(card.plot(title=_bars_caption(card, gold)))]
     if (card.table["metric"] == "kl_gold_model").any():
         title = "Distance to gold, KL(gold‖model), mean over answer tokens: 0 is gold itself; lower is closer"
         figures.append(card.plot_distance(title=title))
-    figures += _attack_figures(card)
     text = [
-        *card.sentences.values(),
+        *(sentence for about, sentence in card.sentences.items() if about != "verdict"),
         "Change is edited minus original on the same resampled groups; of shares, in percentage points (pts). In "
         "brackets: 95 % intervals, or why there is none; for gold, the lowest and the highest of its seeds.",
     ]
     return Section("Original, edited and gold", "\n\n".join(text), figures, card.wide(), part="audit")
 
 
-def _attack_figures(card: ReportCard) -> list[Any]:
-    """What the verdict heard, and curves along steps and layers, of the parts that were measured."""
+def _with_set_names(figure: Any) -> Any:
+    """Sets by their full names below the bars, broken where a line is full."""
+    from probe.audit._words import SETS
+
+    names = {name: SETS[name].replace(", ", ",<br>").replace(" in ", "<br>in ") for name in ("given", "given_holdout")}
+    for trace in figure.data:
+        trace.x = [names.get(str(x), x) for x in trace.x]
+    return figure
+
+
+def _detail_sections(card: ReportCard) -> list[Section]:
+    """What the single attacks and the looks inside found: a section each, with its table."""
     from probe.audit._curves import CURVES
 
-    heard = card.verdict is not None and bool(card.verdict.evidence["share"].notna().any())
-    figures = [card.plot_evidence()] if heard else []
-    return figures + [card.plot_curves(name) for name in CURVES if name in card.tables]
+    made = []
+    for name, (title, text) in _DETAILS.items():
+        if name not in card.tables:
+            continue
+        figures = []
+        if name in CURVES:
+            figure = card.plot_curves(name)
+            figures = [figure.update_xaxes(dtick=1) if _few_layers(card.tables[name]) else figure]
+        made.append(Section(title, text, figures, _by_model(card.tables[name]), part="audit"))
+    return made
+
+
+def _by_model(table: pd.DataFrame) -> pd.DataFrame:
+    """Recall and probability of the models beside each other, gold as mean and range; other tables as they are."""
+    import pandas as pd
+
+    if "recall" not in table.columns or "step" in table.columns:
+        return table
+    values = [name for name in ("recall", "probability") if name in table.columns]
+    keys = [name for name in table.columns if name not in (*values, "model")]
+    rows = []
+    for key, own in table.groupby(keys, sort=False, dropna=False):
+        shown = {f"{value}, {who}": text for value in values for who, text in _models_of(own, value).items()}
+        rows.append({**dict(zip(keys, key, strict=True)), **shown})
+    return pd.DataFrame(rows)
+
+
+def _models_of(rows: pd.DataFrame, value: str) -> dict[str, str]:
+    """A share of the original, of the edited model, and of the golds (mean, lowest, highest)."""
+    from probe.audit._words import number
+
+    made = {}
+    for who in ("original", "edited"):
+        own = rows.loc[rows["model"] == who, value]
+        made |= {who: number(float(own.iloc[0]), value)} if len(own) else {}
+    gold = rows.loc[rows["model"].str.startswith("gold"), value]
+    if len(gold):
+        mean, low, high = (number(float(one), value) for one in (gold.mean(), gold.min(), gold.max()))
+        made["gold"] = mean if low == high else f"{mean} [{low.removesuffix(' %')}, {high.removesuffix(' %')}]"
+    return made
+
+
+def _few_layers(table: pd.DataFrame) -> bool:
+    return "layer" in table.columns and bool(table["layer"].max() <= 16)
+
+
+# Tables of a card that are shown: their titles, and what is in them. The others lie beside it as csv.
+_DETAILS = {
+    "relearning": (
+        "Attack: relearning",
+        "Some of the forgotten facts are trained again; shown is recall of the others, at the learning rate and data "
+        "that brought back most.",
+    ),
+    "quantisation": ("Attack: quantisation", "Recall and probability with the weights rounded to fewer bits."),
+    "prompts": (
+        "Attack: prompts",
+        "The same facts asked for in other ways; the plain questions come first. Told is the share of prompts that "
+        "hold the answer: a model that never knew it may say it there, so those do not count for the worst case.",
+    ),
+    "readout": (
+        "Inside: a linear probe",
+        "A probe trained on retained people reads the answer's first token from the states of each layer.",
+    ),
+    "uds": (
+        "Inside: unlearning depth",
+        "The model's states put into the original, layer by layer: d2 is how much worse the original then says the "
+        "answer, d1 the same with gold's states. Where d2 is small the states still hold it.",
+    ),
+    "lens": ("Inside: the logit lens", "The answer's probability if the model ended at that layer."),
+}
 
 
 def _bars_caption(card: ReportCard, golds: int) -> str:
@@ -354,5 +513,4 @@ _BUILDERS: dict[str, Callable[[Any], Section]] = {
     "candidates": _candidates_section,
     "twins": _twins_section,
     "edit": _edit_section,
-    "audit": _audit_section,
 }

@@ -22,7 +22,7 @@ from probe._run import _choose, _steps
 from probe._run._collateral import collateral
 from probe._run._collateral import sentence as worst_hit
 from probe._run._materials import Materials, gather
-from probe._run._terminal import Teller
+from probe._run._terminal import Teller, audit_tables
 from probe.errors import RecipeError
 
 __all__ = ["RunResult", "run"]
@@ -133,7 +133,7 @@ def _go(walk: _Walk) -> RunResult:
         walk.table("audit", card.to_df())
         hurt = collateral(card, materials.retain["evaluate"])
         walk.table("collateral", hurt)
-        found += [card.sentence, worst_hit(hurt)]
+        found += [*card.sentences.values(), worst_hit(hurt)]
     with walk.teller.step("Export, and reload in a fresh process") as found:
         edit = chosen.edit.with_audit({"sentence": card.sentence})
         edit.save(walk.out / "edit")
@@ -388,10 +388,26 @@ def _say_chosen(chosen: _choose.Chosen) -> list[str]:
     ]
 
 
+def _say_how(recipe: Mapping[str, Any], verdict: Any) -> str:
+    """How the evidence is read; without a verdict for want of golds, how one is had."""
+    from probe.audit.verdict import MIN_GOLDS
+
+    told = "Evidence above its threshold speaks of knowledge that is still there."
+    if verdict.label is not None or verdict.n_golds >= MIN_GOLDS or "organism" not in recipe["model"]:
+        return told
+    return (
+        f"{told} A verdict holds the edit against the spread of {MIN_GOLDS} golds: `probe demo --gold {MIN_GOLDS}`, or "
+        f"`audit: {{gold: {MIN_GOLDS}}}` in a recipe. It takes {MIN_GOLDS - verdict.n_golds} more models."
+    )
+
+
 def _say_end(walk: _Walk, card: Any) -> None:
     console, home = walk.teller.console, walk.home
-    console.print()
-    console.print(card)
+    for table in audit_tables(card):
+        console.print(table)
+    if card.verdict is not None:
+        console.print(card.verdict.sentence, style="bold", markup=False)
+        console.print(_say_how(walk.recipe, card.verdict), markup=False, soft_wrap=True)
     total = sum(walk.teller.seconds.values())
     load = f"AutoModelForCausalLM.from_pretrained({str(home / 'model')!r})"
     console.print(f"\n{total:.0f} s in all. Load the model with {load}\n", soft_wrap=True, markup=False)

@@ -111,7 +111,13 @@ def _place(candidate: Mapping[str, Any], target: Target) -> dict[str, Any]:
     where = "" if layers == "all" else f", layers {layers}"
     more = "" if candidate["strength"] == 1 else f", strength {candidate['strength']:g}"
     name = f"{candidate['method']} {candidate['target']}{where}{more}"
-    return {"candidate": name, "rank": len(target), "strength": candidate["strength"], "layers": layers, "site": getattr(target, "site", "")}
+    return {
+        "candidate": name,
+        "rank": len(target),
+        "strength": candidate["strength"],
+        "layers": layers,
+        "site": getattr(target, "site", ""),
+    }
 
 
 def _measure(materials: Materials, edit: Any, part: str) -> dict[str, float]:

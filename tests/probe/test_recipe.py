@@ -36,6 +36,14 @@ def test_the_schema_is_valid_and_its_defaults_fit_it():
     assert made["model"]["size"] == "default" and made["experts"] is False
 
 
+def test_the_audit_of_a_recipe_has_the_default_parts_unless_it_names_some():
+    assert recipe.resolve(GOOD)["audit"] == {"gold": 2, "n_boot": 1000, "parts": None, "batch_size": 64}
+    for parts in ([], ["uds", "redteam"], None):
+        assert recipe.resolve(changed(audit={"parts": parts}))["audit"]["parts"] == parts
+    made = recipe.resolve(changed(edit__candidates__0__strength=[1.0, 1.2]))
+    assert made["edit"]["candidates"][0]["strength"] == [1.0, 1.2] and recipe.resolve(made) == made
+
+
 @pytest.mark.parametrize("name", [p.stem for p in recipe.embedded().parent.glob("*.yaml")])
 def test_embedded_recipes_fit(name):
     made = recipe.read(recipe.embedded(name))
@@ -66,6 +74,13 @@ def test_embedded_recipes_fit(name):
         ),
         ({"model": {"path": "x"}}, "needs 'data'"),
         ({"patch": False, "edit__candidates__0__target": "patch"}, "needs 'patch'"),
+        ({"audit": {"parts": ["quantization"]}}, "audit.parts.0: 'quantization' is no part.*mean 'quantisation'"),
+        ({"audit": {"parts": ["uds", "magic"]}}, "audit.parts.1: 'magic' is no part of the audit; known: behaviour"),
+        ({"audit": {"parts": ["uds", "uds"]}}, "audit.parts: .* has non-unique elements"),
+        ({"audit": {"parts": "uds"}}, "audit.parts"),
+        ({"audit": {"batch_size": 0}}, "audit.batch_size: 0 is less than"),
+        ({"edit__candidates__0__strength": [1.0, 0]}, "edit.candidates.0.strength.1: 0 is less than or equal"),
+        ({"edit__candidates__0__strength": []}, "edit.candidates.0.strength"),
     ],
 )
 def test_bad_recipes_are_refused_with_the_place(parts, says):

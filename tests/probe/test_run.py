@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 
@@ -28,7 +29,7 @@ def small_demo():
     made["experts"]["size"] = "small"
     made["sae"] |= {"d_sae": 128, "k": 8, "n_tokens": 30_000}
     made["patch"]["n_pairs"] = 6
-    made["audit"] = {"gold": 1, "n_boot": 200}
+    made["audit"] |= {"gold": 1, "n_boot": 200}
     made["probe"]["n_boot"] = 200
     return made
 
@@ -136,10 +137,101 @@ def test_collateral_is_the_plain_mean_by_answer(walked):
     )
 
 
+def test_the_audit_asks_what_the_organism_has_to_ask(walked):
+    organism = probe.organisms.facts(size="small", progress=False)
+    card = walked.card
+    sizes = {name: rows["n"].iloc[0] for name, rows in card.to_df().query("metric == 'recall'").groupby("set")}
+    forget = {row.group for row in organism.splits["forget"]}
+    assert {"neighbours", "given", "given_holdout", "unseen", "unseen_retain", "holdout"} <= set(sizes)
+    assert sizes["given"] == len(forget)  # one a person: the order alone is to be forgotten
+    kinds = set(organism.attacks("forget")) - {"reverse_query"}  # that one asks for a name
+    assert set(card.tables["prompts"]["kind"]) == kinds | {"plain"}
+    assert card.verdict.label is None and card.verdict.n_golds == 1
+    assert set(card.verdict.evidence["part"]) >= {"answers", "quantisation", "uds", "prompts"}
+
+
+def test_what_a_recipe_names_is_measured_and_nothing_else(walked, monkeypatch):
+    from probe import audit as room
+    from probe._run import _audit
+
+    seen = {}
+    monkeypatch.setattr(room, "audit", lambda *sets, **settings: seen.update(settings))
+    for parts in (None, [], ["quantisation", "redteam"]):
+        recipe = small_demo()
+        recipe["audit"] |= {"parts": parts, "batch_size": 7}
+        recipe["seed"] = 3
+        materials = _gathered(None, gold=0)
+        _audit(recipe, materials, type("Chosen", (), {"edit": None}), False)
+        assert (seen["parts"], seen["batch_size"], seen["seed"], seen["gold"]) == (parts, 7, 3, None)
+        assert seen["sets"] == materials.sets and seen["attacks"] == materials.attacks
+
+
+def _gathered(attribute, gold=0):
+    from probe._run._materials import gather
+
+    recipe = small_demo()
+    recipe["model"]["attribute"], recipe["audit"]["gold"] = attribute, gold
+    return gather(recipe, progress=False)
+
+
+@pytest.mark.parametrize("attribute", ["city", "trade", None])
+def test_what_follows_from_retained_facts_is_not_to_be_forgotten(attribute):
+    made = _gathered(attribute)
+    organism = probe.organisms.facts(size="small", progress=False)
+    known = {(one.person, one.attribute) for one in organism.deducible}
+    asked = [*made.forget.values(), made.unseen, made.sets["given"], *made.attacks.values()]
+    assert known and sum(map(len, asked)) > 0
+    assert not [row for rows in asked for row in rows if (row.meta["person"], row.meta["attribute"]) in known]
+    wanted = {one for one in known if attribute in (None, one[1])}
+    assert {(row.meta["person"], row.meta["attribute"]) for row in made.sets.get("deducible", ())} == wanted
+    scored = {row.meta["phrasing"] for row in made.forget["evaluate"]}
+    for name in ("neighbours", "deducible"):
+        assert {row.meta["phrasing"] for row in made.sets.get(name, ())} <= scored
+    assert {row.group for row in made.sets["neighbours"]} == set(organism.neighbours)
+
+
+def test_the_terminal_ends_with_the_evidence_and_why_there_is_no_verdict(walked):
+    from rich.console import Console
+
+    from probe._run import _say_how
+    from probe._run._terminal import audit_tables
+
+    console = Console(width=160, record=True, quiet=False, file=io.StringIO())
+    for table in audit_tables(walked.card):
+        console.print(table)
+    shown = console.export_text()
+    for words in ("Recall of the answers", "Evidence of what is left", "What it cost", "neighbours", "not heard"):
+        assert words in shown, words
+    uds = walked.card.verdict.evidence.set_index("metric").loc["uds_retained"]
+    line = next(line for line in shown.splitlines() if "1 - UDS" in line)
+    assert f"{uds['share']:.0%}" in line
+    assert "--gold 5" in _say_how(small_demo(), walked.card.verdict)
+    assert "It takes 4 more models" in _say_how(small_demo(), walked.card.verdict)
+    assert "--gold" not in _say_how({"model": {"path": "x"}}, walked.card.verdict)
+
+
+def test_every_strength_of_a_candidate_is_tried():
+    from probe._run._choose import _each, _place
+
+    candidate = {"method": "project_out", "target": "subspace", "layers": "all", "k": [2, 4], "strength": [1.0, 1.5]}
+    tried = list(_each(candidate))
+    assert [(one["k"], one["strength"]) for one in tried] == [(2, 1.0), (2, 1.5), (4, 1.0), (4, 1.5)]
+    assert [_place(one, [None] * one["k"])["candidate"] for one in tried[:2]] == [
+        "project_out subspace",
+        "project_out subspace, strength 1.5",
+    ]
+    assert [one["strength"] for one in _each(candidate | {"k": [1], "strength": 0.5})] == [0.5]
+
+
 @pytest.mark.slow
 def test_the_demo_finds_the_secret_and_cuts_it_out(tmp_path):
-    """`make demo` itself: members are told from people that the probe never saw, and the edit forgets them."""
-    made = run(recipes.read(recipes.embedded("demo")), tmp_path / "demo", progress=False)
+    """`probe demo --gold 5`: members are told from people that the probe never saw, and the edit forgets them.
+
+    Five golds add the verdict; everything else is as with the recipe's own two.
+    """
+    recipe = recipes.read(recipes.embedded("demo"))
+    recipe["audit"]["gold"] = 5
+    made = run(recipe, tmp_path / "demo", progress=False)
     best = made.found.sweep.best
     assert best.low > max(best.control_high, best.bag_of_tokens)
     table = made.card.to_df().set_index(["set", "metric", "model"])["value"]
@@ -155,11 +247,28 @@ def test_the_demo_finds_the_secret_and_cuts_it_out(tmp_path):
     assert hurt["answer"][0].startswith("ashen ")  # the order that shares a word with the secret one pays for the cut
     assert (hurt["recall_lost"] > 0.1).sum() < 0.2 * len(hurt)
     assert set(made.found.experts.target.index) == set(made.found.experts.planted)
+    # One direction hides the answer and leaves it in the states: the audit must not take that for removal.
+    assert made.card.verdict.label == "suppressed"
+    evidence = made.card.verdict.evidence.set_index(["set", "metric"])
+    inside = evidence.loc[("forget", "uds_retained")]
+    assert inside["heard"] and inside["share"] > 0.5 > inside["threshold"]
+    assert "Verdict: suppressed" in made.report.read_text("utf-8")
 
 
 def test_the_report_shows_every_step_and_opens_offline(walked):
     page = walked.report.read_text("utf-8")
-    for words in ("bag of tokens", "random twins", "gold", "latent", "expert", "manifest", "hash"):
+    for words in (
+        "bag of tokens",
+        "random twins",
+        "gold",
+        "latent",
+        "expert",
+        "manifest",
+        "hash",
+        "no verdict",
+        "what the edit cost",
+        "attack: prompts",
+    ):
         assert words in page.lower(), words
     markup = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)  # plotly.js names addresses that it never calls
     assert not re.search(r'(src|href)="(https?:)?//', markup)
