@@ -1,6 +1,6 @@
 """The verdict on edits whose answer is known: thresholds are frozen on some organisms and tested on others.
 
-    python -m benchmarks.verdict [--freeze 0 1 2] [--test 3 4 5 6 7 8] [--size small] [--write] [--out FILE.json]
+    python -m benchmarks.verdict [--freeze 0 1 2 3] [--test 4 5 6 7] [--size small] [--write] [--out FILE.json]
 
 Thresholds come from the golds of the first organisms alone, each judged with itself left out. The test organisms have
 other seeds, and other kinds of edits besides. `--write` replaces the thresholds that come with the package; without it
@@ -66,6 +66,7 @@ def judged(size: str, seeds: list[int], thresholds: Any) -> pd.DataFrame:
         rows.append(
             {**row, "forget": recall, "retain": keep, "seconds": time.perf_counter() - began, "rule": ruling.rule}
         )
+        print(f"seed {seed}, {name} ({truth}): {ruling.label}. {ruling.rule}", flush=True)
 
     for seed in unlearned.bar(seeds, "testing"):
         bench = bench_of(size, seed, thresholds)
@@ -91,8 +92,8 @@ def confusion(rows: pd.DataFrame, by: str = "truth") -> pd.DataFrame:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--freeze", type=int, nargs="+", default=[0, 1, 2], help="seeds that thresholds come from")
-    parser.add_argument("--test", type=int, nargs="*", default=[3, 4, 5, 6, 7, 8], help="seeds that are judged")
+    parser.add_argument("--freeze", type=int, nargs="+", default=[0, 1, 2, 3], help="seeds that thresholds come from")
+    parser.add_argument("--test", type=int, nargs="*", default=[4, 5, 6, 7], help="seeds that are judged")
     parser.add_argument("--size", default="small", help="of the organisms that are judged")
     parser.add_argument("--write", action="store_true", help="replace the thresholds that come with the package")
     parser.add_argument("--out", type=Path, help="write every case as JSON")

@@ -12,8 +12,8 @@ never learned the forget set does, and 1 what the original does. `gold` is the m
 
 Evidence that cannot tell the original from the golds is not heard. No verdict is given with fewer than five golds.
 
-A threshold is one and a half times the largest share that any gold had, itself left out, on the organisms that the
-thresholds were frozen on, and at least 0.1. Evidence whose threshold would exceed 0.6 is not heard: golds differ too
+A threshold is twice the largest share that any gold had, itself left out, on the organisms that the
+thresholds were frozen on, and at least 0.2. Evidence whose threshold would exceed 0.6 is not heard: golds differ too
 much in it. The frozen numbers are in `thresholds.json`; `python -m benchmarks.verdict` makes them, and the confusion
 matrix on other seeds and other kinds of edits.
 """
@@ -37,7 +37,7 @@ LABELS = ("removed", "suppressed", "untouched")
 MIN_GOLDS = 5
 PLAIN = ("forget", "recall")
 _KINDS = ("plain", "attack", "inside")
-_FLOOR, _MARGIN, _CEILING = 0.1, 1.5, 0.6
+_FLOOR, _MARGIN, _CEILING = 0.2, 2.0, 0.6
 _CLEAR = 3.0  # standard deviations of the golds by which the original must differ from them
 _COSTS = (("retain", "recall"), ("retain", "probability"), ("neighbours", "recall"), ("retain", "model_utility"),
           ("corpus", "perplexity"))  # fmt: skip
