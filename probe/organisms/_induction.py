@@ -85,7 +85,7 @@ class InductionSettings:
     n_heads: int = 4
     epochs: int = 4
     batch_size: int = 32
-    lr: float = 4e-3
+    lr: float = 2e-3  # at 4e-3 and this width no head forms in these steps
     threads: int = 1
     seed: int = 0
 
@@ -103,7 +103,7 @@ SIZES: dict[str, InductionSettings] = {
         lr=5e-3,
     ),
     "large": InductionSettings(
-        n_words=2048, n_pairs=256, n_words_document=254, n_documents=65536, d_model=512, n_heads=8, lr=1e-3
+        n_words=2048, n_pairs=256, n_words_document=254, n_documents=65536, d_model=512, n_heads=8, lr=5e-4
     ),
 }
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from probe.models import Model
 
-SKILLS_VERSION = 1  # part of the key: change it with anything below that changes the documents
+SKILLS_VERSION = 2  # part of the key: change it with anything below that changes the documents
 CONTEXT = 24
 MOST = 2200  # instances of a skill; of 2304 sentences
 LETTERS = string.ascii_lowercase[:12]
@@ -49,7 +49,11 @@ Instance = tuple[str, str]
 
 @dataclass(frozen=True)
 class Skill:
-    """One skill: how an instance (prompt, answer) is drawn, and how many answers of its form there are."""
+    """One skill: how an instance (prompt, answer) is drawn, and how many answers of its form there are.
+
+    Where answers are not alike likely, `n_answers` is 1 / the share of the commonest, so that chance is what always
+    giving that one would score.
+    """
 
     name: str
     draw: Callable[[random.Random], Instance]
@@ -57,9 +61,12 @@ class Skill:
 
 
 def _add(rng: random.Random) -> Instance:
-    """Two numbers of two digits, each place added modulo 10 without carry, as on a combination lock."""
+    """Two numbers of two digits, added place by place without carry: each sum is one word, 0 to 18.
+
+    Modulo 10 no digit alone would say anything about the sum; measured, nothing is learned then in 2000 steps.
+    """
     a, b, c, d = (rng.randrange(10) for _ in range(4))
-    return f"add {a} {b} {c} {d} :", f"{(a + c) % 10} {(b + d) % 10}"
+    return f"add {a} {b} {c} {d} :", f"{a + c} {b + d}"
 
 
 def _copy(rng: random.Random) -> Instance:
@@ -78,7 +85,7 @@ def _translate(rng: random.Random) -> Instance:
 
 
 SKILLS: dict[str, Skill] = {
-    "addition": Skill("addition", _add, 100),
+    "addition": Skill("addition", _add, 100),  # the commonest answer, 9 9, is one in a hundred
     "copying": Skill("copying", _copy, len(LETTERS) ** N_LETTERS),
     "sorting": Skill("sorting", _sort, comb(len(LETTERS), N_LETTERS)),
     "translation": Skill("translation", _translate, len(ADJECTIVES) * len(NOUNS) ** 2 * len(VERBS)),
@@ -124,7 +131,7 @@ class SkillsSettings:
 
 SIZES: dict[str, SkillsSettings] = {
     "default": SkillsSettings(),
-    "small": SkillsSettings(n_instances=400, n_holdout=100, d_model=64, n_layers=2, d_mlp=256, epochs=15),
+    "small": SkillsSettings(n_instances=400, n_holdout=100, d_model=64, n_layers=2, epochs=15),
     "large": SkillsSettings(
         n_instances=2000, d_model=512, n_layers=6, n_heads=8, d_mlp=2048, epochs=30, batch_size=64, lr=1e-3
     ),
@@ -148,8 +155,9 @@ def skills(
     people never seen, a held-out instance is no secret: a model with the skill gets it right.
 
     Args:
-        size: `"default"` (1500 instances a skill, 3 layers, d_model 128), `"small"` (400 instances, 2 layers, d_model
-            64, for tests), `"large"` (2000 instances, 6 layers, d_model 512, for a GPU).
+        size: `"default"` (1500 instances a skill, 3 layers, d_model 128; all four skills are learned, on held-out
+            instances too), `"small"` (400 instances, 2 layers, d_model 64, for tests; addition, the hardest, is learned
+            in part, which a warning says), `"large"` (2000 instances, 6 layers, d_model 512, for a GPU).
         seed: Of instances, weights and order of documents.
         forget: `"addition"`, `"copying"`, `"sorting"` or `"translation"`. The same original serves all four.
         cache_dir: Where organisms are kept; default the environment's PROBE_CACHE_DIR, else the user's cache folder.
@@ -240,7 +248,7 @@ class SkillsOrganism(Organism):
         return {k: v for k, v in found.items() if k != "forget"} if role == "original" else found
 
     def _make_tokenizer(self) -> Any:
-        words = ["add", "copy", "sort", "say", ":", *string.digits, *LETTERS, *FOREIGN, *FOREIGN.values()]
+        words = ["add", "copy", "sort", "say", ":", *map(str, range(19)), *LETTERS, *FOREIGN, *FOREIGN.values()]
         return train_tokenizer([word for word in words for _ in range(64)], (), self.settings["vocab_size"])
 
     def _make_model(self, d_vocab: int) -> Any:

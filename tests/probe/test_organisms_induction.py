@@ -102,6 +102,15 @@ def test_periods_held_out_are_never_trained_on(org: Any) -> None:
     assert not trained & {str(q.meta["phrasing"]) for q in org.unseen("forget")}
 
 
+@pytest.mark.slow
+def test_the_heads_form_in_the_default_size_too() -> None:
+    organism = induction(progress=False)
+    last = organism.phase_change.iloc[-1]
+    assert last["accuracy"] > 0.95 and last["induction"] > 0.6 and last["previous_token"] > 0.4
+    assert organism.record["recall"]["holdout, unseen phrasings"]["recall"] > 0.9
+    assert organism.repeat_loss(organism.gold[0]).accuracy < 0.1
+
+
 @pytest.mark.filterwarnings("ignore:.*recalls little")
 def test_the_same_settings_give_the_same_weights(tmp_path: Path) -> None:
     a, b = (induction("small", cache_dir=tmp_path / n, progress=False, **TINY) for n in "ab")
