@@ -202,9 +202,12 @@ def test_the_terminal_ends_with_the_evidence_and_why_there_is_no_verdict(walked)
     shown = console.export_text()
     for words in ("Recall of the answers", "Evidence of what is left", "What it cost", "neighbours", "not heard"):
         assert words in shown, words
-    uds = walked.card.verdict.evidence.set_index("metric").loc["uds_retained"]
-    line = next(line for line in shown.splitlines() if "1 - UDS" in line)
-    assert f"{uds['share']:.0%}" in line
+    evidence = walked.card.verdict.evidence
+    over = evidence["heard"] & (evidence["share"] > evidence["threshold"])
+    assert over.any() and not evidence["heard"].all()  # with one gold some evidence has nothing to be held against
+    lines = [line.split() for line in shown.splitlines()]
+    assert sum(line[-1:] == ["above"] for line in lines) == over.sum()
+    assert sum(line[-2:] == ["not", "heard"] for line in lines) == (~evidence["heard"]).sum()
     assert "--gold 5" in _say_how(small_demo(), walked.card.verdict)
     assert "It takes 4 more models" in _say_how(small_demo(), walked.card.verdict)
     assert "--gold" not in _say_how({"model": {"path": "x"}}, walked.card.verdict)
