@@ -792,10 +792,10 @@ def test_default_models_read_strangers_from_the_context() -> None:
         assert organism.recall(model, "holdout").at_chance
 
 
-def test_golds_trained_side_by_side_are_the_same_models(tmp_path):
+@pytest.mark.filterwarnings("ignore:.*recalls little")
+def test_golds_trained_side_by_side_are_the_same_models(tmp_path: Path) -> None:
     """A process of its own changes nothing: same seed, same weights."""
-    settings = {"size": "small", "progress": False, "n_people": 12, "n_orders": 4, "n_holdout": 4, "epochs": 1}
-    made = [facts(cache_dir=tmp_path / name, **settings) for name in ("one", "two")]
+    made = [tiny(tmp_path / name) for name in ("one", "two")]
     hashes = []
     for organism, jobs in zip(made, (1, 2), strict=True):
         organism.gold.train(2, jobs=jobs)
@@ -804,8 +804,11 @@ def test_golds_trained_side_by_side_are_the_same_models(tmp_path):
     assert len(set(hashes[0])) == 2
 
 
-def test_a_gold_that_its_process_failed_to_train_is_trained_here(tmp_path, monkeypatch):
-    organism = facts("small", cache_dir=tmp_path, progress=False, n_people=12, n_orders=4, n_holdout=4, epochs=1)
+@pytest.mark.filterwarnings("ignore:.*recalls little")
+def test_a_gold_that_its_process_failed_to_train_is_trained_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    organism = tiny(tmp_path)
     monkeypatch.setattr(sys, "executable", "/bin/false")
     assert len(organism.gold.train(1).trained) == 1  # no more than was asked for
     assert len(organism.gold.train(2, jobs=2).trained) == 2

@@ -145,3 +145,14 @@ def test_bad_settings(settings: dict[str, Any], message: str, tmp_path: Path) ->
     with pytest.raises(OrganismError, match=message):
         experts("small", cache_dir=tmp_path, **settings)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_class", ["mixtral", "olmoe"])
+def test_default_golds_keep_what_they_are_to_keep(model_class: str) -> None:
+    organism = experts(model_class=model_class, progress=False)
+    table = organism.record["recall"]
+    assert min(table[split]["recall"] for split in ("forget", "retain")) > 0.95
+    for gold in organism.gold:
+        assert float(organism.recall(gold, "retain")) > 0.95
+        assert organism.recall(gold, "forget").at_chance
