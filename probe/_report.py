@@ -385,7 +385,7 @@ def _evidence_table(evidence: pd.DataFrame) -> pd.DataFrame:
             "heard": "yes" if one["heard"] else f"no: {one['why']}",
         }
 
-    return pd.DataFrame([row(one) for one in evidence.to_dict("records")])
+    return pd.DataFrame([row({str(key): value for key, value in one.items()}) for one in evidence.to_dict("records")])
 
 
 def _cost_table(cost: pd.DataFrame) -> pd.DataFrame:
@@ -460,7 +460,7 @@ def _models_of(rows: pd.DataFrame, value: str) -> dict[str, str]:
     """A share of the original, of the edited model, and of the golds (mean, lowest, highest)."""
     from probe.audit._words import number
 
-    made = {}
+    made: dict[str, str] = {}
     for who in ("original", "edited"):
         own = rows.loc[rows["model"] == who, value]
         made |= {who: number(float(own.iloc[0]), value)} if len(own) else {}
