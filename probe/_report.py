@@ -354,7 +354,7 @@ _SHARE = (
 
 
 def _evidence_figure(evidence: pd.DataFrame) -> Any:
-    from probe.audit._words import metric_label
+    from probe.audit._labels import metric_label
     from probe.plots import evidence_dots
 
     labels = {name: metric_label(name) for name in evidence["metric"]}
@@ -369,7 +369,7 @@ def _evidence_table(evidence: pd.DataFrame) -> pd.DataFrame:
     """The evidence as it is read: values with their units, gold with its range."""
     import pandas as pd
 
-    from probe.audit._words import metric_label, number, set_label
+    from probe.audit._labels import metric_label, number, set_label
 
     def row(one: Mapping[str, Any]) -> dict[str, str]:
         own = {key: number(float(one[key]), one["metric"]) for key in ("original", "edited", "gold")}
@@ -391,7 +391,7 @@ def _evidence_table(evidence: pd.DataFrame) -> pd.DataFrame:
 def _cost_table(cost: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
-    from probe.audit._words import metric_label, number, set_label
+    from probe.audit._labels import metric_label, number, set_label
 
     rows = []
     for one in cost.to_dict("records"):
@@ -417,7 +417,7 @@ def _numbers_section(card: ReportCard) -> Section:
 
 def _with_set_names(figure: Any) -> Any:
     """Sets by their full names below the bars, broken where a line is full."""
-    from probe.audit._words import SETS
+    from probe.audit._labels import SETS
 
     names = {name: SETS[name].replace(", ", ",<br>").replace(" in ", "<br>in ") for name in ("given", "given_holdout")}
     for trace in figure.data:
@@ -458,7 +458,7 @@ def _by_model(table: pd.DataFrame) -> pd.DataFrame:
 
 def _models_of(rows: pd.DataFrame, value: str) -> dict[str, str]:
     """A share of the original, of the edited model, and of the golds (mean, lowest, highest)."""
-    from probe.audit._words import number
+    from probe.audit._labels import number
 
     made: dict[str, str] = {}
     for who in ("original", "edited"):

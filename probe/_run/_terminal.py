@@ -72,7 +72,7 @@ _STYLES = {"above": "bold", "": "", "not heard": "dim"}
 
 
 def _evidence(evidence: Any) -> Any:
-    from probe.audit._words import metric_label, number, set_label
+    from probe.audit._labels import metric_label, number, set_label
 
     table = _table("Evidence of what is left", "original", "edited", "gold", "share", "threshold", "")
     for row in evidence.to_dict("records"):
@@ -86,7 +86,7 @@ def _evidence(evidence: Any) -> Any:
 
 
 def _costs(cost: Any) -> Any:
-    from probe.audit._words import metric_label, number, set_label
+    from probe.audit._labels import metric_label, number, set_label
 
     table = _table("What it cost", "original", "edited", "gold", "change")
     for row in cost.to_dict("records"):

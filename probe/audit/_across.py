@@ -12,7 +12,7 @@ from jaxtyping import Float
 from scipy import stats
 
 from probe.audit._card import ReportCard
-from probe.audit._words import metric_label, number, set_label
+from probe.audit._labels import metric_label, number, set_label
 from probe.errors import AuditError
 
 _MODELS = ("original", "edited", "gold", "change")

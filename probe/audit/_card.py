@@ -14,8 +14,9 @@ from typing import Any
 import pandas as pd
 
 from probe.audit._curves import CURVES, curve
+from probe.audit._labels import metric_label, set_label
 from probe.audit._rows import COLUMNS
-from probe.audit._words import cell, counted, metric_label, records, sentences, set_label
+from probe.audit._words import cell, counted, records, sentences
 from probe.audit.verdict import Verdict
 from probe.errors import AuditError
 from probe.plots import before_after_bars, distance_bars, evidence_dots

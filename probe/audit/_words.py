@@ -3,34 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from probe.audit._numbers import Metric
-from probe.audit._registry import PARTS, part
+from probe.audit._labels import is_share, number
 from probe.audit.verdict import Verdict
 
-SETS = {
-    "forget": "forget",
-    "unseen": "forget, unseen phrasings",
-    "retain": "retain",
-    "unseen_retain": "retain, unseen phrasings",
-    "given": "forget, fact in context",
-    "given_holdout": "holdout, fact in context",
-    "deducible": "deducible from retained facts",
-}
-METRICS = {
-    "recall": "recall",
-    "probability": "probability",
-    "perplexity": "perplexity",
-    "kl_original_model": "KL(original‖model), nats",
-    "kl_gold_model": "KL(gold‖model), nats",
-    "kl_model_gold": "KL(model‖gold), nats",
-}
-_SHARES = ("recall", "probability")
 _IRREGULAR = {"people": "person", "children": "child", "women": "woman", "men": "man", "series": "series"}
 
 Row = Mapping[str, Any]
@@ -54,29 +34,6 @@ def sentences(
     return {about: part for about, part in parts.items() if part}
 
 
-def set_label(name: str) -> str:
-    """What a set is called on the card."""
-    return SETS.get(name, name.replace("_", " "))
-
-
-def metric_label(name: str) -> str:
-    """What a metric is called on the card."""
-    own = metrics().get(name)
-    return METRICS.get(name) or (own.label if own else name.replace("_", " "))
-
-
-def is_share(name: str) -> bool:
-    """Whether a metric is a share, shown in per cent."""
-    own = metrics().get(name)
-    return name in _SHARES or (own is not None and own.share)
-
-
-@cache
-def metrics() -> dict[str, Metric]:
-    """Every part's metrics by name."""
-    return {metric.name: metric for name in PARTS for metric in part(name).metrics}
-
-
 def records(table: Any) -> list[dict[str, Any]]:
     """A table's rows as dictionaries."""
     return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
@@ -86,16 +43,6 @@ def cell(row: Row) -> str:
     """A value with its interval, as a table shows it."""
     value = number(row["value"], row["metric"], signed=row["model"] == "change")
     return f"{value} [none: all alike]" if _alike(row) else f"{value}{_interval(row).replace(' to ', ', ')}"
-
-
-def number(value: float, metric: str, signed: bool = False) -> str:
-    """A share in per cent, anything else to three digits. A change (`signed`) of a share is in percentage points."""
-    if np.isnan(value):
-        return "not known"
-    sign = "+" if signed and value > 0 else ""
-    if is_share(metric):
-        return f"{sign}{_plain(100 * value)} {'pts' if signed else '%'}"
-    return f"{sign}{_plain(value)}"
 
 
 def counted(n: float, plural: str) -> str:
@@ -113,18 +60,6 @@ def singular(plural: str) -> str:
     else:
         one = last[:-2] if last.endswith(("sses", "xes", "ches", "shes")) else last.removesuffix("s")
     return f"{start}{space}{one}"
-
-
-def _plain(value: float) -> str:
-    """Three significant digits, without exponents or trailing zeros for ordinary sizes; a small number is no zero."""
-    if value == 0 or abs(value) < 1e-12:
-        return "0"
-    if abs(value) >= 100:
-        return f"{value:.0f}"
-    if abs(value) < 1e-4:
-        return f"{value:.0e}"
-    digits = 1 if abs(value) >= 10 else 2
-    return f"{value:.{digits}f}".rstrip("0").rstrip(".") if abs(value) >= 0.1 else f"{value:.2g}"
 
 
 def _interval(row: Row) -> str:

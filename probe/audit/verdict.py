@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from probe.audit._labels import metric_label, number, set_label
 from probe.errors import AuditError
 
 LABELS = ("removed", "suppressed", "untouched")
@@ -150,8 +151,10 @@ class Verdict:
         """What was lost of what was to stay, first of the metrics that there are."""
         parts = []
         for row in self.cost.to_dict("records"):
-            what = row["metric"] if row["set"] == "corpus" else f"{row['set']} {row['metric']}".replace("_", " ")
-            parts.append(f"{what} {row['original']:.3g} to {row['edited']:.3g} (gold {row['gold']:.3g})")
+            name = metric_label(row["metric"])
+            what = name if row["set"] == "corpus" else f"{set_label(row['set'])}, {name}"
+            before, after, gold = (number(row[k], row["metric"]) for k in ("original", "edited", "gold"))
+            parts.append(f"{what} {before} to {after} (gold {gold})")
         return f"It cost: {'; '.join(parts)}." if parts else ""
 
     def to_df(self) -> pd.DataFrame:
@@ -285,10 +288,10 @@ def _rules(
 
 
 def _says(row: Mapping[str, Any]) -> str:
-    return (
-        f"{row['set']}, {row['metric'].replace('_', ' ')} {row['edited']:.3g} (original {row['original']:.3g}, gold "
-        f"{row['gold']:.3g} [{row['gold_low']:.3g} to {row['gold_high']:.3g}]), a share of {row['share']:.0%}"
-    )
+    names = ("edited", "original", "gold", "gold_low", "gold_high")
+    edited, original, gold, low, high = (number(row[name], row["metric"]) for name in names)
+    what = f"{set_label(row['set'])}, {metric_label(row['metric'])}"
+    return f"{what} {edited} (original {original}, gold {gold} [{low} to {high}]), a share of {row['share']:.0%}"
 
 
 def _name(row: Mapping[str, Any]) -> str:

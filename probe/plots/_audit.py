@@ -30,7 +30,7 @@ def evidence_dots(
     heard = checked(table, names, "evidence_dots")
     heard = heard[heard["share"].notna()].iloc[::-1]
     checked(heard, names, "evidence_dots")
-    axis = [_name(row, labels or {}) for row in heard.to_dict("records")]
+    axis = [_name(row, {} if labels is None else labels) for row in heard.to_dict("records")]
     scale = (heard["original"] - heard["gold"]).to_numpy(float)
     low, high = (((heard[end] - heard["gold"]) / scale).to_numpy(float) for end in ("gold_low", "gold_high"))
     figure = new_figure(
@@ -98,6 +98,8 @@ def model_curves(
             line = {"color": MODEL_COLOURS[model], "width": 2.5}
             figure.add_scatter(x=rows[x], y=rows[y], name=model, mode="lines+markers", line=line)
     figure.update_traces(hovertemplate=f"%{{x}}: <b>%{{y:{'.1%' if percent else '.3~g'}}}</b>")
+    if (table[x] % 1 == 0).all() and table[x].nunique() <= 12:
+        figure.update_xaxes(tickvals=sorted(table[x].unique()))  # no half layers
     if percent:
         figure.update_yaxes(tickformat=".0%", range=[-0.02, 1.04])
     return figure

@@ -25,7 +25,14 @@ from probe.plots._template import (
 )
 
 SETS = ("forget", "unseen", "retain", "unseen_retain", "holdout", "corpus")
-SET_NAMES = {"unseen": "forget,<br>unseen<br>phrasing", "unseen_retain": "retain,<br>unseen<br>phrasing"}
+SET_NAMES = {
+    "unseen": "forget,<br>unseen<br>phrasing",
+    "unseen_retain": "retain,<br>unseen<br>phrasing",
+    "given": "forget,<br>fact in<br>context",
+    "given_holdout": "holdout,<br>fact in<br>context",
+    "real_authors": "real<br>authors",
+    "world_facts": "world<br>facts",
+}
 METRIC_NAMES = {
     "recall": "recall (answers exact)",
     "probability": "probability per token",

@@ -18,9 +18,10 @@ from scipy.stats import binomtest, entropy
 
 from probe.audit import ReportCard
 from probe.audit import audit as full_audit
+from probe.audit._labels import number
 from probe.audit._measure import _windows
 from probe.audit._rows import COLUMNS, answer_rows, by_group, kl, to_table
-from probe.audit._words import cell, number, sentences, singular
+from probe.audit._words import cell, sentences, singular
 from probe.data import Questions
 from probe.errors import AuditError, BaseMismatchError, DataError
 from probe.models import Model, wrap

@@ -109,7 +109,7 @@ def test_what_it_cost():
     own = found.cost.iloc[0]
     assert (own["set"], own["metric"]) == ("retain", "recall")
     assert own["change"] == pytest.approx(-0.2) and own["gold"] == pytest.approx(0.97)
-    assert "retain recall 1 to 0.8 (gold 0.97)" in found.sentence
+    assert "retain, recall 100 % to 80 % (gold 97 %)" in found.sentence
 
 
 def test_thresholds_are_frozen_as_they_are_said_to_be(tmp_path):
