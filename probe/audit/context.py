@@ -71,7 +71,7 @@ class Context(Part):
     title: ClassVar[str] = "the fact given back in the context"
     needs: ClassVar[tuple[str, ...]] = ("forget",)
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("context_recall", "recall with the fact in the context", share=True, yes_no=True),
+        Metric("context_recall", "recall with the fact in the context", share=True),
         Metric("context_probability", "probability with the fact in the context", share=True),
         Metric("context_over_gold", "recall with the fact in the context, minus gold's", share=True),
     )

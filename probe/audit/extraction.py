@@ -116,7 +116,7 @@ class Extraction(Part):
     name: ClassVar[str] = "extraction"
     title: ClassVar[str] = "whether the facts can be extracted, inferred or reconstructed"
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("extracted", "extracted verbatim, greedy", share=True, yes_no=True),
+        Metric("extracted", "extracted verbatim, greedy", share=True),
         Metric("extracted_in_n", "extracted in 100 samples", share=True),
         Metric("inferred", "inferred among candidates (0 is chance)"),
         Metric("reconstructed", "name reconstructed (0 is chance)"),

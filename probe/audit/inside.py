@@ -179,7 +179,7 @@ class Readout(Part):
     title: ClassVar[str] = "Answers read from hidden states by linear probes"
     needs: ClassVar[tuple[str, ...]] = ("forget", "retain")
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("readout_accuracy", "First token read by a linear probe", share=True, yes_no=True),
+        Metric("readout_accuracy", "First token read by a linear probe", share=True),
         Metric("readout_selectivity", "First token read by a linear probe, less control task"),
     )
     kind: ClassVar[str] = "inside"

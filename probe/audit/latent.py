@@ -172,7 +172,7 @@ class Latent(Part):
     needs: ClassVar[tuple[str, ...]] = ("forget",)
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("latent_advantage", "latent search, right answers less wrong ones, worst case", share=True),
-        Metric("latent_recall", "latent search, right answers found", share=True, yes_no=True),
+        Metric("latent_recall", "latent search, right answers found", share=True),
     )
     kind: ClassVar[str] = "attack"
     evidence: ClassVar[tuple[tuple[str, str], ...]] = (("forget", "latent_advantage"),)

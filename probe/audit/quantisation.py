@@ -178,7 +178,7 @@ class Quantisation(Part):
     title: ClassVar[str] = "rounding the weights to 8 and 4 bits"
     needs: ClassVar[tuple[str, ...]] = ("forget", "retain")
     metrics: ClassVar[tuple[Metric, ...]] = tuple(
-        Metric(f"quantised_{scheme}_{what}", f"{what}, {label}", share=True, yes_no=what == "recall")
+        Metric(f"quantised_{scheme}_{what}", f"{what}, {label}", share=True)
         for scheme, label in {"8bit": "8 bits", "4bit": "4 bits", "nf4": "4 bits (NF4)"}.items()
         for what in ("recall", "probability")
     )
