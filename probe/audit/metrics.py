@@ -288,10 +288,10 @@ def composite(row: Mapping[str, float]) -> Composite:
 def privacy_leakage(auc: float, auc_gold: float) -> float:
     """Return (AUC - AUC of gold) / AUC of gold * 100 (PrivLeak; MUSE, arXiv 2407.06460), in per cent.
 
-    The AUC is of telling forget (positive) from holdout by a score that is low for members (here minus Min-k): above
-    0.5 where the forget set looks like training data, so a model that was not unlearned leaks positively, and one whose
-    forget set looks stranger than what was never seen leaks negatively. Scores of the other sign would mirror both
-    AUCs and change the value.
+    The AUC takes forget for the positive class and a score that is low for members (here minus Min-k), unturned: near 0
+    where every forget row looks like training data, 0.5 where nothing tells the two apart. So a model that was not
+    unlearned leaks near -100, and one whose forget set looks stranger than what was never seen leaks positively. The
+    membership part's AUCs (`membership_*_auc`) are turned round, 1 where members are told apart: they do not fit here.
 
     Raises:
         AuditError: An AUC outside [0, 1], or a gold's of 0, to which nothing is relative.

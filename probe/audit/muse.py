@@ -31,9 +31,10 @@ class Muse(Part):
       against how the text goes on, both of the same number of tokens, at most `new_tokens`;
     - knowledge memory: ROUGE-L F1 of its answers to the forget questions, of at most `answer_tokens` tokens;
     - utility preservation: the same of retain;
-    - privacy leakage: how much better than for gold Min-k % of the answers' tokens tells forget from holdout, in per
-      cent; see `probe.audit.metrics.privacy_leakage` for its sign. It is relative to the mean AUC of the golds; a gold
-      is judged against the others. Needs `holdout` and gold.
+    - privacy leakage: how far from gold's the AUC is with which Min-k % of the answers' tokens ranks forget above
+      holdout, in per cent: near -100 for a model that knows the forget set, 0 for one like gold; see
+      `probe.audit.metrics.privacy_leakage`. It is relative to the mean AUC of the golds; a gold is judged against the
+      others. Needs `holdout` and gold. (Metrics `membership_*_auc` are turned round: 1 where members are told apart.)
 
     Attributes:
         limit: Questions a set for what is generated, evenly spaced; None for all.
@@ -119,7 +120,10 @@ def member_scores(subject: Subject, name: str, k: float = 0.4) -> Float[np.ndarr
 
 
 def membership_auc(forget: Float[np.ndarray, " row"], holdout: Float[np.ndarray, " row"]) -> float:
-    """Return the share of (forget, holdout) pairs in which the forget row has the lower score; ties count half.
+    """Return the share of (forget, holdout) pairs in which the forget row has the higher score; ties count half.
+
+    This is MUSE's AUC: forget is the positive class and the score is low for members, so a model that knows the forget
+    set is near 0. (The membership part's AUCs, `membership_*_auc`, are turned round: 1 where members are told apart.)
 
     Raises:
         AuditError: An empty side, scores that are not finite, or scores that are all the same.
@@ -131,7 +135,7 @@ def membership_auc(forget: Float[np.ndarray, " row"], holdout: Float[np.ndarray,
         raise AuditError("the membership scores are not finite")
     if np.ptp(scores) <= 1e-9 * max(1.0, float(np.abs(scores).max())):
         raise AuditError("every answer has the same membership score")
-    return auc(-scores, np.repeat([1, 0], [len(forget), len(holdout)]))
+    return auc(scores, np.repeat([1, 0], [len(forget), len(holdout)]))
 
 
 def _leakage(role: str, aucs: Mapping[str, float], n: int, n_groups: int) -> Measurement:

@@ -76,8 +76,8 @@ def test_auc_is_scikit_learns_with_forget_positive():
     rng = np.random.default_rng(0)
     forget, holdout = rng.integers(0, 6, 30) / 5, rng.integers(1, 8, 40) / 5  # with ties
     labels = np.repeat([1, 0], [30, 40])
-    assert membership_auc(forget, holdout) == pytest.approx(roc_auc_score(labels, -np.r_[forget, holdout]))
-    assert membership_auc(np.array([0.0, 1]), np.array([2.0, 3])) == 1  # low is what was trained on
+    assert membership_auc(forget, holdout) == pytest.approx(roc_auc_score(labels, np.r_[forget, holdout]))
+    assert membership_auc(np.array([0.0, 1]), np.array([2.0, 3])) == 0  # low is what was trained on
 
 
 def test_auc_of_nothing_is_no_number():
@@ -98,7 +98,7 @@ def test_privacy_leakage_by_scikit_learn(measured, subjects, case):
     labels, aucs = np.repeat([1, 0], [len(case.sets["forget"]), len(case.sets["holdout"])]), {}
     for role, one in subjects.items():
         scores = np.r_[member_scores(one, "forget"), member_scores(one, "holdout")]
-        aucs[role] = roc_auc_score(labels, -scores)
+        aucs[role] = roc_auc_score(labels, scores)  # raw: low for members, forget positive
     made = PART.compare(measured, case)
     mean = (aucs["gold 1"] + aucs["gold 2"]) / 2
     own = made["original"].numbers[0].value
@@ -107,8 +107,19 @@ def test_privacy_leakage_by_scikit_learn(measured, subjects, case):
     assert [own.low, own.high] == pytest.approx(ends)
     other = made["gold 1"].numbers[0].value
     assert other.value == pytest.approx((aucs["gold 1"] - aucs["gold 2"]) / aucs["gold 2"] * 100)
-    assert own.value > 40 > abs(other.value)
+    assert own.value < -60 < -abs(other.value)
     assert (own.n, own.n_groups) == (len(labels), len({*case.sets["forget"].groups, *case.sets["holdout"].groups}))
+
+
+def test_the_sign_of_privacy_leakage_by_hand(case):
+    """A model that knows has low raw scores on forget: AUC 1/9 against gold's 5/9, so -80 %, as in MUSE's own tables."""
+    knows = {"forget": np.array([0.1, 0.2, 1.5]), "holdout": np.array([1.0, 2.0, 3.0])}
+    gold = {"forget": np.array([0.5, 1.5, 3.5]), "holdout": np.array([1.0, 2.0, 1.2])}
+    aucs = [roc_auc_score([1, 1, 1, 0, 0, 0], np.r_[one["forget"], one["holdout"]]) for one in (knows, gold)]
+    assert aucs == pytest.approx([1 / 9, 5 / 9])
+    assert [membership_auc(one["forget"], one["holdout"]) for one in (knows, gold)] == pytest.approx(aucs)
+    measured = {"edited": Measurement(payload=knows), "gold 1": Measurement(payload=gold)}
+    assert PART.compare(measured, case)["edited"].numbers[0].value.value == pytest.approx(-80)
 
 
 def test_privacy_leakage_that_cannot_be_measured(measured, subjects, case):
@@ -118,7 +129,7 @@ def test_privacy_leakage_that_cannot_be_measured(measured, subjects, case):
     bare = {role: PART.measure(replace(one, case=without)) for role, one in subjects.items()}
     made = PART.compare(bare, without)
     assert all(one.numbers == () and "no holdout" in one.missing[0] for one in made.values())
-    zero = Measurement(payload={"forget": np.array([3.0, 4]), "holdout": np.array([1.0, 2])})
+    zero = Measurement(payload={"forget": np.array([1.0, 2]), "holdout": np.array([3.0, 4])})
     assert "gold's AUC is 0" in PART.compare({**measured, "gold 1": zero, "gold 2": zero}, case)["original"].missing[0]
     flat = Measurement(payload={"forget": np.ones(3), "holdout": np.ones(3)})
     made = PART.compare({**measured, "edited": flat}, case)
