@@ -87,6 +87,7 @@ class Bench:
         budget = kl_bytes // (2 + len(case.golds))
         self.plan: Plan = make_plan(case.original, self.case.sets, case.corpus or None, how, budget, case.seed)
         self._known: dict[str, Tested] = {}
+        self._hashes: dict[str, str] = {}  # weights of what is known
 
     @property
     def golds(self) -> list[str]:
@@ -105,16 +106,19 @@ class Bench:
             AuditError: A model with another vocabulary, logits that are not finite, an unusable edit.
             BaseMismatchError: The edit was made for another model.
         """
-        tested: dict[str, Tested] = {}
-        if edit is not None:  # first, so that an edit of another model is refused before anything is computed
-            other, context = _edited(self.case.original, edit)
-            with context:
-                tested["edited"] = self._test("edited", other)
-                changed = weights_changed(self.case.original, other, edit)
+        if edit is None:
+            return self._card(self._references(), self.case, None)
+        base = self.case.original.weights_hash
+        other, context = _edited(self.case.original, edit)
+        with context:  # first, so that an edit of another model is refused before anything is computed
+            weights = other.weights_hash
+            tested = {"edited": self._test("edited", other)}
         tested |= self._references()
-        facts = None if edit is None else {**_edit_facts(edit), "weights_changed": changed}
-        if facts is not None and name is not None:
-            facts["name"] = name
+        facts = {**_edit_facts(edit), "weights_changed": weights != base}
+        facts |= {} if name is None else {"name": name}
+        twin = next((i for i, role in enumerate(self.golds) if self._hashes[role] == weights), None)
+        if twin is not None:  # an edit that ends in a gold is judged without that gold
+            return self._left_out(twin, tested["edited"], facts)
         return self._card(tested, self.case, facts)
 
     def gold_card(self, i: int) -> ReportCard:
@@ -125,24 +129,46 @@ class Bench:
         """
         if not 0 <= i < len(self.golds) or len(self.golds) < 2:
             raise AuditError(f"gold {i} cannot be audited against others: the case has {len(self.golds)}")
+        known = self._references()[self.golds[i]]
+        return self._left_out(i, known, {"method": "gold retrain", "name": self.golds[i], "weights_changed": True})
+
+    def _left_out(self, i: int, edited: Tested, facts: dict[str, Any]) -> ReportCard:
+        """The card of a model that is gold number `i`, beside the other golds."""
         known = self._references()
         others = [j for j in range(len(self.golds)) if j != i]
-        tested = {"edited": known[f"gold {i + 1}"], "original": known["original"]}
-        tested |= {f"gold {n + 1}": known[f"gold {j + 1}"] for n, j in enumerate(others)}
-        case = replace(self.case, golds=[self.case.golds[j] for j in others])
-        return self._card(tested, case, {"method": "gold retrain", "name": f"gold {i + 1}", "weights_changed": True})
+        tested = {"edited": edited, "original": known["original"]}
+        tested |= {f"gold {n + 1}": known[self.golds[j]] for n, j in enumerate(others)}
+        names = tuple(self.case.gold_names[j] for j in others)
+        case = replace(self.case, golds=[self.case.golds[j] for j in others], gold_names=names)
+        return self._card(tested, case, facts)
 
     def _references(self) -> dict[str, Tested]:
-        """The original and every gold, measured on first use."""
+        """The original and every gold, measured on first use.
+
+        Raises:
+            AuditError: The original's weights are no longer those that were measured; a gold that is no gold.
+        """
+        original = self.case.original
+        weights = original.weights_hash
+        if self._hashes.setdefault("original", weights) != weights:
+            raise AuditError("the original's weights have changed since the bench measured it; make a bench anew")
         if "original" not in self._known:
-            self._known["original"] = self._test("original", self.case.original)
+            self._known["original"] = self._test("original", original)
         for i, role in enumerate(self.golds):
             if role not in self._known:
                 gold = self.case.golds[i]
-                same_vocabulary(self.case.original, gold, role)
-                same_architecture(self.case.original, gold, role)
+                same_vocabulary(original, gold, role)
+                same_architecture(original, gold, role)
+                self._hashes[role] = self._of_its_own(gold.weights_hash, role)
                 self._known[role] = self._test(role, gold)
         return {role: self._known[role] for role in ("original", *self.golds)}
+
+    def _of_its_own(self, weights: str, role: str) -> str:
+        """A gold's weights, if no other model of the case has them."""
+        twin = next((name for name, own in self._hashes.items() if own == weights and name != role), None)
+        if twin is not None:
+            raise AuditError(f"{role} has the very weights of {twin}; each gold must be a training of its own")
+        return weights
 
     def _test(self, role: str, model: Model) -> Tested:
         """Measure one model under every part."""
@@ -221,8 +247,10 @@ class Bench:
         for role, gold in zip(self.golds, self.case.golds, strict=True):
             if id(gold) in known and known[id(gold)] in other._known:
                 self._known[role] = other._known[known[id(gold)]]
+                self._hashes[role] = other._hashes[known[id(gold)]]
         if "original" in other._known:
             self._known["original"] = other._known["original"]
+            self._hashes["original"] = other._hashes["original"]
 
     def _missing(self, measured: Mapping[str, Measured], case: Case) -> list[str]:
         golds = [role for role in measured if role.startswith("gold")]
@@ -316,7 +344,25 @@ def check_sets(sets: Mapping[str, Questions]) -> dict[str, Questions]:
         _same_people(sets, part, whole)
     for unseen, trained in (("unseen", "forget"), ("unseen_retain", "retain")):
         _unseen(sets, unseen, trained)
+    for name, rows in sets.items():
+        _once(name, rows)
+        if name in ("retain", "holdout", "neighbours"):
+            _not_asked_twice(name, rows, sets["forget"])
     return sets
+
+
+def _once(name: str, rows: Questions) -> None:
+    """A question given twice would count as two observations."""
+    asked = [(row.question, row.answer) for row in rows]
+    if len(set(asked)) < len(asked):
+        twice = next(one for one in asked if asked.count(one) > 1)
+        raise DataError(f"the {name} set must ask each question once; it asks {twice[0]!r} more than once")
+
+
+def _not_asked_twice(name: str, rows: Questions, forget: Questions) -> None:
+    shared = {(row.question, row.answer) for row in rows} & {(row.question, row.answer) for row in forget}
+    if shared:
+        raise DataError(f"{name} and forget must share no question; both ask {min(shared)[0]!r}")
 
 
 def _disjoint(one: str, rows: Questions, other: str, others: Questions) -> None:
@@ -376,6 +422,8 @@ def same_vocabulary(model: Model, other: Model, name: str) -> None:
     """
     if not isinstance(other, Model):
         raise AuditError(f"{name} must be a Model (probe.load, probe.models.wrap); received {type(other).__name__}")
+    if other.tokenizer is None:
+        raise AuditError(f"{name} must have a tokenizer; give it to probe.models.wrap(hf, tokenizer)")
     sizes = [one.hf.get_output_embeddings().weight.shape[0] for one in (model, other)]
     if sizes[0] != sizes[1]:
         raise AuditError(f"{name} must have the original's vocabulary of {sizes[0]} tokens; it has {sizes[1]}")
@@ -398,13 +446,6 @@ def same_architecture(model: Model, other: Model, name: str) -> None:
         raise AuditError(
             f"{name} must have the original's sizes; {odd} is {shapes[0].get(odd)} there and {shapes[1].get(odd)} here"
         )
-
-
-def weights_changed(model: Model, other: Model, edit: Any) -> bool:
-    """Whether an edit changes any weight: a filter changes none, and whoever holds the weights can leave it out."""
-    if isinstance(edit, Model):
-        return model.weights_hash != other.weights_hash
-    return bool(getattr(edit, "parameters", ())) if hasattr(edit, "parameters") else False
 
 
 def _edit_facts(edit: Any) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class Case:
         n_boot: Bootstrap replicates.
         people: What a group is, in the plural.
         progress: Show bars.
+        gold_names: What each gold is called, also where others are left out; default "gold 1", "gold 2", ...
     """
 
     original: Model
@@ -54,6 +55,11 @@ class Case:
     n_boot: int = 1000
     people: str = "people"
     progress: bool = True
+    gold_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.gold_names) != len(self.golds):  # none were given, or other golds took their place
+            object.__setattr__(self, "gold_names", tuple(f"gold {i + 1}" for i in range(len(self.golds))))
 
     def has(self, name: str) -> bool:
         """Whether a set, `"gold"`, `"golds"` (two or more), `"attacks"` or `"corpus"` was given."""

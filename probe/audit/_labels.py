@@ -37,7 +37,9 @@ def set_label(name: str) -> str:
 def metric_label(name: str) -> str:
     """What a metric is called on the card."""
     own = metrics().get(name)
-    return METRICS.get(name) or (own.label if own else name.replace("_", " "))
+    if name in METRICS or own is None:
+        return METRICS.get(name, name.replace("_", " "))
+    return f"{own.label}, {own.unit}" if own.unit and not own.share else own.label
 
 
 def is_share(name: str) -> bool:

@@ -129,7 +129,6 @@ class Metric:
         unit: Unit, or "".
         share: Whether it is a share from 0 to 1, shown in per cent.
         of: What `n` counts, in the plural.
-        yes_no: Whether each row is a yes or a no (a share whose bootstrap has no width where all groups agree).
     """
 
     name: str
@@ -137,7 +136,6 @@ class Metric:
     unit: str = ""
     share: bool = False
     of: str = "questions"
-    yes_no: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
@@ -86,21 +87,22 @@ def part_rows(
     for (name, metric), values in found.items():
         what = metrics[metric]
         common = {"set": name, "metric": metric, "unit": what.unit, "n_of": what.of}
-        ratios = {role: value for role, value in values.items() if isinstance(value, Ratio)}
+        ratios = {r: replace(v, share=what.share) for r, v in values.items() if isinstance(v, Ratio)}
         if len(ratios) == len(values):
             rows += _side_by_side(ratios, common, n_boot, seed, people)
         else:
-            rows += _estimates(values, common, n_boot, seed, people)
+            rows += _estimates(values, common, n_boot, seed, people, what.share)
     return rows
 
 
 def _estimates(
-    values: Mapping[str, Ratio | Estimate], common: dict[str, str], n_boot: int, seed: int, people: str
+    values: Mapping[str, Ratio | Estimate], common: dict[str, str], n_boot: int, seed: int, people: str, share: bool
 ) -> list[dict[str, Any]]:
     """Every model's row, the change without an interval, and gold's mean with its spread."""
     rows = []
     for role, value in values.items():
         if isinstance(value, Ratio):
+            value = replace(value, share=share)
             rows.append(_bootstrapped(value, {**common, "model": role}, n_boot, seed, people))
             continue
         own = {"value": value.value, "low": value.low, "high": value.high, "n": value.n, "n_groups": value.n_groups}

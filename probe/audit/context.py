@@ -15,6 +15,7 @@ import pandas as pd
 from probe.audit._case import Case
 from probe.audit._numbers import Metric, Number, by_group
 from probe.audit.part import Measurement, Part, Subject, spaced
+from probe.audit.prompts import shortened
 from probe.data import Question, Questions
 from probe.errors import AuditError, DataError
 from probe.scoring import AnswerScores, score_answers
@@ -73,7 +74,7 @@ class Context(Part):
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("context_recall", "recall with the fact in the context", share=True),
         Metric("context_probability", "probability with the fact in the context", share=True),
-        Metric("context_over_gold", "recall with the fact in the context, minus gold's", share=True),
+        Metric("context_over_gold", "recall with the fact in the context, minus gold's"),
     )
 
     def __post_init__(self) -> None:
@@ -95,7 +96,8 @@ class Context(Part):
             try:
                 scores[name] = _scores(subject, spaced(given, self.limit))
             except DataError as error:
-                return Measurement(missing=(f"recall with the fact in the context: {error}",))
+                why = shortened(str(error), given)
+                return Measurement(missing=(f"recall with the fact in the context: {why}",))
             rows.append(_record(name, scores[name], subject))
         missing = self._unreadable(scores)
         for name, own in scores.items():

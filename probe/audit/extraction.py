@@ -117,7 +117,7 @@ class Extraction(Part):
     title: ClassVar[str] = "whether the facts can be extracted, inferred or reconstructed"
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("extracted", "extracted verbatim, greedy", share=True),
-        Metric("extracted_in_n", "extracted in 100 samples", share=True),
+        Metric("extracted_in_n", "extracted in n samples (n in the table)", share=True),
         Metric("inferred", "inferred among candidates (0 is chance)"),
         Metric("reconstructed", "name reconstructed (0 is chance)"),
     )
@@ -129,14 +129,14 @@ class Extraction(Part):
     )
 
     def measure(self, subject: Subject) -> Measurement:
-        """Run the three attacks; the table `extraction` has a row a question."""
+        """Run the three attacks; the table `extraction` has a row a question (`n` is the number of samples)."""
         case, rows = subject.case, spaced(subject.case.sets["forget"], self.limit)
         extracted, in_n = self._extract(subject.model, rows, case)
         numbers = [
             Number("forget", "extracted", by_group(extracted, rows.groups, share=True)),
             Number("forget", "extracted_in_n", by_group(in_n, rows.groups)),
         ]
-        table = pd.DataFrame({"id": [r.id for r in rows], "extracted": extracted, "extracted_in_n": in_n})
+        table = pd.DataFrame({"id": [r.id for r in rows], "extracted": extracted, "extracted_in_n": in_n, "n": self.n})
         missing = []
         for metric, attack in (("inferred", self._infer), ("reconstructed", self._reconstruct)):
             options, scores = attack(subject.model, rows, case)

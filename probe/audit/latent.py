@@ -171,7 +171,7 @@ class Latent(Part):
     title: ClassVar[str] = "a search in the hidden states"
     needs: ClassVar[tuple[str, ...]] = ("forget",)
     metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("latent_advantage", "latent search, right answers less wrong ones, worst case", share=True),
+        Metric("latent_advantage", "latent search, right answers less wrong ones, worst case"),
         Metric("latent_recall", "latent search, right answers found", share=True),
     )
     kind: ClassVar[str] = "attack"

@@ -99,6 +99,39 @@ def test_a_gold_is_judged_with_itself_left_out(case):
         bench.gold_card(9)
 
 
+def test_an_edit_that_ends_in_a_gold_is_judged_without_it(case):
+    bench = Bench(case, [Spread()], LIMITS)
+    own, left_out = bench.card(case.golds[2]), bench.gold_card(2)
+    assert own.settings["golds"] == 4
+    pd.testing.assert_frame_equal(own.table, left_out.table)
+
+
+def test_golds_are_trainings_of_their_own(case):
+    twice = replace(case, golds=[*case.golds[:2], case.golds[0]])
+    with pytest.raises(AuditError, match="gold 3 has the very weights of gold 1"):
+        Bench(twice, ()).card()
+    with pytest.raises(AuditError, match="gold 2 has the very weights of original"):
+        Bench(replace(case, golds=[case.golds[0], case.original]), ()).card()
+
+
+def test_an_original_that_changed_is_not_what_was_measured(case):
+    bench = Bench(case, (), LIMITS)
+    bench.card()
+    case.original.hf.lm_head.weight.data.mul_(1.5)
+    with pytest.raises(AuditError, match="have changed since"):
+        bench.card(make_model(7))
+
+
+def test_a_question_counts_once(case):
+    rows = case.sets["forget"].rows
+    twice = Questions([*rows, replace(rows[0], id="again")])
+    with pytest.raises(DataError, match="the forget set must ask each question once"):
+        Bench(replace(case, sets={**case.sets, "forget": twice}), ())
+    copied = Questions([*case.sets["retain"], replace(rows[0], id="copy", group="nobody")])
+    with pytest.raises(DataError, match="retain and forget must share no question"):
+        Bench(replace(case, sets={**case.sets, "retain": copied}), ())
+
+
 def test_another_bench_takes_over_what_was_measured(case):
     bench = Bench(case, [Spread()], LIMITS)
     bench.card()
@@ -118,7 +151,7 @@ def test_a_card_with_parts_and_a_verdict_survives_saving(case, tmp_path):
     pd.testing.assert_frame_equal(card.table, again.table)
     pd.testing.assert_frame_equal(card.tables["spread"], again.tables["spread"])
     assert again.sentence == card.sentence and again.verdict.label == card.verdict.label
-    pd.testing.assert_frame_equal(card.verdict.evidence, again.verdict.evidence, check_dtype=False)
+    pd.testing.assert_frame_equal(card.verdict.evidence, again.verdict.evidence, check_exact=True)
     pd.testing.assert_frame_equal(card.groups, again.groups, check_dtype=False)
 
 

@@ -100,7 +100,8 @@ def test_evidence_that_cannot_tell_the_original_from_the_golds_is_not_heard():
     silent = verdict({"recall": 0.05, "relearn": 0.15, "depth": 0.0}, original={**ORIGINAL, "recall": 0.05})
     assert silent.label is None and "asked plainly" in silent.rule
     unknown = Thresholds(0.5, {"forget/recall": 0.2}, {"forget/recall": "plain"})
-    assert "no threshold" in verdict({"recall": 0.05, "depth": 0.9}, limits=unknown).evidence["why"].iloc[1]
+    why = verdict({"recall": 0.05, "depth": 0.9}, limits=unknown).evidence.set_index("metric")["why"]
+    assert "no threshold" in why["depth"] and "cannot be measured on the edited model" in why["relearn"]
 
 
 def test_what_it_cost():
@@ -110,6 +111,15 @@ def test_what_it_cost():
     assert (own["set"], own["metric"]) == ("retain", "recall")
     assert own["change"] == pytest.approx(-0.2) and own["gold"] == pytest.approx(0.97)
     assert "retain, recall 100 % to 80 % (gold 97 %)" in found.sentence
+
+
+def test_on_a_destroyed_model_nothing_can_be_told_but_what_comes_back_is_heard():
+    silent = {"recall": 0.0, "relearn": 0.0, "depth": 0.0}
+    ruined = {"original": 1.0, "edited": 0.4, "gold 1": 1.0}
+    found = verdict(silent, retain=ruined)
+    assert found.label is None and "damaged: recall of what was to stay fell from 100 % to 40 %" in found.rule
+    assert verdict({**silent, "relearn": 0.9}, retain=ruined).label == "suppressed"
+    assert verdict(silent, retain={**ruined, "edited": 0.5}).label == "removed"
 
 
 def test_thresholds_are_frozen_as_they_are_said_to_be(tmp_path):
