@@ -2,11 +2,11 @@
 
     python -m benchmarks.meta_evaluation [--models 30] [--seeds 0 1 2] [--out FILE.json]
 
-Faithfulness: the AUC with which a metric tells `--models` organisms that were trained on the forget facts (half of them
-in cloze form only, so that they know them less well) from as many that were not (half of them on wrong facts about the
-same people). Robustness: how little it moves when unlearned models (gradient ascent, gradient difference, NPO and
-refusal, stopped as soon as the answers flip, on the organisms of `--seeds`) are relearned for one epoch on a quarter of
-the forget questions, or rounded to NF4.
+Every number of the default parts on the forget questions is judged. Faithfulness: the AUC with which it tells
+`--models` organisms that were trained on the forget facts (half of them in cloze form only, so that they know them less
+well) from as many that were not (half of them on wrong facts about the same people). Robustness: how little it moves
+when unlearned models (gradient ascent, gradient difference, NPO and refusal, stopped as soon as the answers flip, on the
+organisms of `--seeds`) are relearned for one epoch on a quarter of the forget questions, or rounded to NF4.
 """
 
 from __future__ import annotations
@@ -80,13 +80,17 @@ def attribute_of(document: Any) -> str:
 
 
 def measured(bench: Any, model: Any) -> dict[str, float]:
-    """Every number that should grow with what a model knows, by `set/metric`."""
-    card = bench.card(model)
-    values = {
-        (r["set"], r["metric"]): float(r["value"]) for r in card.table.to_dict("records") if r["model"] == "edited"
-    }
-    names = dict.fromkeys((s, m) for _, s, m in bench.evidence())
-    return {f"{s}/{m}": values[(s, m)] for s, m in names if (s, m) in values}
+    """Every number on the forget questions, in the trained and in unseen phrasings, by `set/metric`."""
+    rows = bench.card(model).table.query("model == 'edited' and set in ('forget', 'unseen')").to_dict("records")
+    return {f"{r['set']}/{r['metric']}": float(r["value"]) for r in rows}
+
+
+def signs(bench: Any) -> dict[str, float]:
+    """Whether a number grows with what a model knows (1) or falls (-1): the original against its golds."""
+    rows = bench.card().table.query("model in ('original', 'gold')").to_dict("records")
+    values = {(f"{r['set']}/{r['metric']}", r["model"]): float(r["value"]) for r in rows}
+    names = {name for name, model in values if model == "original" and (name, "gold") in values}
+    return {name: 1.0 if values[(name, "original")] >= values[(name, "gold")] else -1.0 for name in names}
 
 
 def relearned(model: Any, case: Any) -> Any:
@@ -147,7 +151,10 @@ def main() -> None:
             states["relearned"].append(measured(own, relearned(model, own.case)))
             states["quantised"].append(measured(own, quantised(model, own.case)))
     sets = {**found, **{name: stacked(rows) for name, rows in states.items()}}
-    names = [name for name in sets["knows"] if all(name in one for one in sets.values())]
+    way = signs(bench)
+    names = [name for name in sets["knows"] if name in way and all(name in one for one in sets.values())]
+    for name in POOLS:
+        sets[name] = {metric: [way.get(metric, 1.0) * value for value in own] for metric, own in sets[name].items()}
     table = meta_table(*({n: own[n] for n in names} for own in sets.values()))
     print(table.round(3).to_string(index=False))
     print(f"\n{a.models} models that know, {a.models} that do not; {len(states['unlearned'])} unlearned models")

@@ -104,6 +104,8 @@ def main() -> None:
     if a.write:
         used = freeze("small", a.freeze)
         used.save(PACKAGED)
+    if not a.write and a.freeze != parser.get_default("freeze"):
+        parser.error("--freeze needs --write: without it the packaged thresholds are tested")
     if set(a.test) & set(used.source.get("seeds", [])) and a.size == "small":
         parser.error("a seed that thresholds were frozen on cannot test them")
     if not a.test:
