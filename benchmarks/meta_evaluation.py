@@ -5,7 +5,7 @@
 Every number of the default parts on the forget questions is judged. Faithfulness: the AUC with which it tells
 `--models` organisms that were trained on the forget facts (half of them in cloze form only, so that they know them less
 well) from as many that were not (half of them on wrong facts about the same people). Robustness: how little it moves
-when unlearned models (gradient ascent, gradient difference, NPO and refusal, stopped as soon as the answers flip, on the
+when unlearned models (gradient ascent, gradient difference, NPO and refusal, stopped as soon as answers flip, on the
 organisms of `--seeds`) are relearned for one epoch on a quarter of the forget questions, or rounded to NF4.
 """
 
