@@ -14,19 +14,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from probe.errors import OrganismError
+from probe.organisms._kinds import KINDS
 
 ENV = "PROBE_CACHE_DIR"
 RECORD = "organism.json"
 STALE_S = 7 * 24 * 3600.0  # a training that has not been touched for so long is not coming back
+# What `state_of`, `StateFile.save` and `mkdtemp` call their files; the folder may hold files of others.
+_LEFTOVER = re.compile(rf"\.({'|'.join(KINDS)})(-\w+)*-[0-9a-f]{{16}}\.(state(\.new)?|[a-z0-9_]{{8}})")
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
@@ -153,10 +158,13 @@ def state_of(path: Path) -> Path:
 def _sweep(path: Path) -> None:
     """Remove what killed trainings left: work directories of this one (its lock is ours), all traces of old ones.
 
-    The state of this training stays: it is where training goes on.
+    Only names that this module gives are looked at: the folder may be anything, such as the working directory. The
+    state of this training stays: it is where training goes on.
     """
     old = time.time() - STALE_S
     for left in path.parent.glob(".*-*.*"):
-        own = left.name.startswith(f".{path.name}.")
-        if left != state_of(path) and (own or left.lstat().st_mtime < old):
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        if left == state_of(path) or not _LEFTOVER.fullmatch(left.name):
+            continue
+        with suppress(FileNotFoundError):  # another process may sweep at the same time
+            if left.name.startswith(f".{path.name}.") or left.lstat().st_mtime < old:
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()

@@ -383,7 +383,7 @@ def test_a_killed_training_leaves_nothing_that_looks_finished(tmp_path: Path, mo
 
 def test_a_leftover_of_a_dead_process_is_removed(tmp_path: Path) -> None:
     path = tiny(tmp_path / "elsewhere").path
-    leftover = tmp_path / "here" / f".{path.name}.dead"
+    leftover = tmp_path / "here" / f".{path.name}.dead_one"
     leftover.mkdir(parents=True)
     (leftover / "model.safetensors").write_bytes(b"half")
     made = tiny(tmp_path / "here").path
@@ -468,11 +468,31 @@ def test_weights_along_a_training_are_kept_where_asked(tmp_path: Path, monkeypat
 
 
 def test_old_leftovers_of_any_organism_are_swept(tmp_path: Path) -> None:
-    for name, age in ((".facts-dead.state", 30 * 24 * 3600), (".facts-recent.state", 60)):
+    dead, recent = ".facts-gold-0123456789abcdef", ".facts-fedcba9876543210"
+    for name in (f"{dead}.state", f"{dead}.state.new", f"{dead}.abcd_123", f"{recent}.state"):
         (tmp_path / name).write_bytes(b"state")
+        age = 30 * 24 * 3600 if name.startswith(dead) else 60
         os.utime(tmp_path / name, (time.time() - age, time.time() - age))
     tiny(tmp_path)
-    assert not (tmp_path / ".facts-dead.state").exists() and (tmp_path / ".facts-recent.state").exists()
+    assert [p.name for p in tmp_path.glob(".*")] == [f"{recent}.state"]
+
+
+def test_files_of_others_are_never_swept(tmp_path: Path) -> None:
+    """`cache_dir="."` is allowed, and everything old in that folder is somebody's."""
+    names = [".pre-commit-config.yaml", ".facts-notes.state", ".facts-0123456789abcdef.backup-2024", ".my-data.d"]
+    names += [".other-0123456789abcdef.state", ".facts-0123456789ABCDEF.state", "facts-0123456789abcdef.state"]
+    for name in names:
+        (tmp_path / name).write_text("mine")
+        os.utime(tmp_path / name, (0, 0))
+    tiny(tmp_path)
+    assert [(tmp_path / name).read_text() for name in names] == ["mine"] * len(names)
+
+
+def test_a_leftover_that_vanishes_under_the_sweep_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / ".facts-0123456789abcdef.state"
+    monkeypatch.setattr(_cache.Path, "glob", lambda self, pattern: iter([gone]))
+    _cache._sweep(tmp_path / "facts-fedcba9876543210")
+    assert not gone.exists()
 
 
 def test_another_role_is_a_directory_of_its_own(tmp_path: Path) -> None:
