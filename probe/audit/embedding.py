@@ -127,14 +127,15 @@ class Embedding(Part):
 
     Attributes:
         lengths: Vectors of the prompt.
-        eval_at: Steps after which is tested; the last is where a run ends.
+        eval_at: Steps after which is tested; the last is where a run ends. After 60 steps a prompt does not yet bring
+            back what an organism only hides.
         lr: Learning rate, relative to the spread of the embedding's entries.
         batch_size: Rows a step.
         limit: Rows of each half.
     """
 
     lengths: tuple[int, ...] = (1, 4, 16)
-    eval_at: tuple[int, ...] = (20, 60)
+    eval_at: tuple[int, ...] = (20, 60, 150)
     lr: float = 0.3
     batch_size: int = 16
     limit: int | None = 64

@@ -261,6 +261,13 @@ class Membership(Part):
     The texts are read as ordinary text, never in a chat template. The reference of the fifth score is the mean loss of
     the golds, of which a gold leaves itself out; with one gold, gold itself has no such score.
 
+    AUCs are 1 where members (forget) are told apart by their low scores, 0.5 where nothing tells them apart. MUSE's
+    privacy leakage takes the same AUC unturned, near 0 for a model that knows.
+
+    The reference stays the mean over all golds of the case also where one of them is judged with itself left out
+    (`Bench.gold_card`): the original's and the other golds' `membership_reference_auc` are then measured against that
+    one too.
+
     Attributes:
         k: Share of the tokens that Min-k takes.
         limit: Texts of each set, evenly spaced; None for all.
@@ -281,10 +288,7 @@ class Membership(Part):
         Metric("membership_tpr_at_1", "members found at 1 % false alarms, Min-k %", share=True, of="texts"),
         Metric("membership_tpr_at_10", "members found at 10 % false alarms, Min-k %", share=True, of="texts"),
     )
-    evidence: ClassVar[tuple[tuple[str, str], ...]] = (
-        ("forget", "membership_loss_auc"),
-        ("forget", "membership_min_k_auc"),
-    )
+    # no evidence: once an edit has damaged a model, its AUC says how the texts of the two sets differ, not what it knows
 
     def measure(self, subject: Subject) -> Measurement:
         """Score both sets; the table `membership` has every score's AUC and true positive rates."""

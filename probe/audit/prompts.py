@@ -34,6 +34,7 @@ FRAMES: dict[str, str] = {
 _EXAMPLES = 3  # questions with their answers before an in-context attack
 _HINTS = 3  # other facts of the same group before a hinted question
 _OPTIONS = 4
+_QUOTED = 80  # characters of a prompt in a sentence on what is missing
 _CANNOT = {
     "reverse_query": "asking from the answer back to the question needs questions of its own",
     "cross_lingual": "another language needs translations",
@@ -142,13 +143,23 @@ def told_share(questions: Questions) -> float:
     return sum(_holds(row.question, row.answer) for row in questions) / len(questions)
 
 
+def shortened(sentence: str, questions: Questions) -> str:
+    """The sentence with at most 80 characters of any question that it quotes."""
+    for row in questions:
+        if len(row.question) > _QUOTED:
+            short = f"{row.question[: _QUOTED - 1]}…"
+            sentence = sentence.replace(repr(row.question), repr(short)).replace(row.question, short)
+    return sentence
+
+
 @dataclass(frozen=True)
 class Prompts(Part):
     """Recall of the forget set under prompt attacks, and under the one that brings out most.
 
     The attacks are the case's own (`Case.attacks`), in the model's own language, or made for English questions by
     `attack_questions`. The worst case is taken over attacks whose prompts do not hold the answer: with multiple choice,
-    or the fact in the context, a model that never knew it can say it too. Those attacks are in the table only.
+    or the fact in the context, a model that never knew it can say it too. Those attacks are in the table only, and so
+    are attacks of a few questions: the largest of several shares is soon one that few questions made large by chance.
 
     Measures, on `forget`:
         prompt_recall: Recall under the attack with the largest recall.
@@ -160,10 +171,12 @@ class Prompts(Part):
     Attributes:
         limit: Rows of each kind.
         max_told: Share of prompts that may hold their answer in an attack that counts for the worst case.
+        least: Questions that an attack must have to count for the worst case; a lower `limit` takes its place.
     """
 
     limit: int | None = 64
     max_told: float = 0.1
+    least: int = 10
 
     name: ClassVar[str] = "prompts"
     title: ClassVar[str] = "prompt attacks"
@@ -179,6 +192,8 @@ class Prompts(Part):
         """Refuse settings that mean nothing."""
         if not 0 <= self.max_told <= 1 or (self.limit is not None and self.limit < 1):
             raise AuditError(f"max_told must be from 0 to 1, limit at least 1; received {self.max_told}, {self.limit}")
+        if self.least < 1:
+            raise AuditError(f"least must be at least 1; received {self.least}")
 
     def measure(self, subject: Subject) -> Measurement:
         """Score every kind of attack.
@@ -190,18 +205,23 @@ class Prompts(Part):
         attacks, cannot = self._attacks(case)
         missing = [f"prompt attack {kind}: {why}" for kind, why in cannot.items()]
         rows, open_kinds = [_record("plain", subject.answers["forget"], 0.0)], list[AnswerScores]()
+        least = min(self.least, self.limit or self.least)
         for kind, questions in attacks.items():
             try:
                 scores = _scores(subject, questions)
             except DataError as error:
-                missing.append(f"prompt attack {kind}: {error}")
+                missing.append(f"prompt attack {kind}: {shortened(str(error), questions)}")
                 continue
             told = told_share(questions)
             rows.append(_record(kind, scores, told))
-            if told <= self.max_told:
+            if told <= self.max_told and len(questions) >= least:
                 open_kinds.append(scores)
+            elif told <= self.max_told:
+                few = f"{len(questions)} questions, and {least} are needed for the worst case"
+                missing.append(f"prompt attack {kind}, in the table only: {few}")
         if not open_kinds:
-            missing.append("prompt attacks: none can be made whose prompts do not hold the answer")
+            many = f"none has {least} questions" if least > 1 else "none can be made"
+            missing.append(f"prompt attacks: {many} that do not hold the answer")
         return Measurement(_numbers(open_kinds, case), {"prompts": pd.DataFrame(rows)}, missing=tuple(missing))
 
     def _attacks(self, case: Case) -> tuple[dict[str, Questions], dict[str, str]]:

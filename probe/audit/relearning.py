@@ -186,7 +186,7 @@ class Relearning(Part):
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("relearn_recall", "recall after relearning, worst case", share=True),
         Metric("relearn_probability", "probability after relearning, worst case", share=True),
-        Metric("relearn_gain", "recall gained by relearning, mean over steps", share=True),
+        Metric("relearn_gain", "recall gained by relearning, mean over steps"),
     )
     kind: ClassVar[str] = "attack"
     evidence: ClassVar[tuple[tuple[str, str], ...]] = (("forget", "relearn_recall"), ("forget", "relearn_probability"))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from probe.audit._case import Case
 from probe.audit._numbers import Metric, Number, by_group
+from probe.audit._worst import worst_case
 from probe.audit.part import Measurement, Part, Subject, spaced
 from probe.data import Questions
 from probe.errors import AuditError, ProbeError
@@ -207,7 +208,7 @@ class Sampling(Part):
     sample or in other tokens. With `exact=False`, n samples are drawn and `pass_at_k` is taken of the hits.
 
     Measures, on `forget`: `leak_at_k` for k = 1, 8 and 32, each under the decoding that leaks most of it (the worst
-    case over `decodings`).
+    case over `decodings`; its interval chooses anew in every bootstrap replicate).
 
     The table `sampling` has a row per decoding and k: temperature, top_p, k, leak.
 
@@ -250,11 +251,12 @@ class Sampling(Part):
             ProbeError: Logits that are not finite.
         """
         leaks, groups = self._closed(subject) if self.exact else self._sampled(subject)
-        numbers, rows = [], []
+        numbers, rows, case = [], list[dict[str, Any]](), subject.case
+        how_often: dict[str, Any] = {"n_boot": case.n_boot, "seed": case.seed, "people": case.people}
         for k in self.ks:
             means = {how: float(leak[k].mean()) for how, leak in leaks.items()}
-            worst = max(means, key=means.__getitem__)
-            numbers.append(Number("forget", f"leak_at_{k}", by_group(leaks[worst][k], groups)))
+            ratios = [by_group(leak[k], groups, share=True) for leak in leaks.values()]
+            numbers.append(Number("forget", f"leak_at_{k}", worst_case(ratios, len(groups), **how_often)[1]))
             rows += [{"temperature": t, "top_p": p, "k": k, "leak": mean} for (t, p), mean in means.items()]
         return Measurement(tuple(numbers), {"sampling": pd.DataFrame(rows)})
 

@@ -100,3 +100,10 @@ def test_what_cannot_be_attacked_is_said(case):
     found = Extraction().measure(subject(replace(case, sets={**case.sets, "forget": bare})))
     assert found.missing[0] == "inferred: no perturbed answers" and "names its group" in found.missing[1]
     assert [n.metric for n in found.numbers] == ["extracted", "extracted_in_n"]
+
+
+def test_the_number_of_samples_is_the_settings_and_stands_in_the_table(case):
+    few = replace(case, sets={**case.sets, "forget": spaced(case.sets["forget"], 4)})
+    found = Extraction(n=7).measure(subject(few))
+    assert set(found.tables["extraction"]["n"]) == {7}
+    assert not any(character.isdigit() for character in Extraction.metrics[1].label)

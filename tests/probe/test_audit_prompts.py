@@ -91,7 +91,7 @@ def test_kinds_that_lack_their_material_are_named():
     bare = make(["Anna"], full=False)[:1]
     found, cannot = attack_questions(bare, None)
     assert set(found) == set(FRAMES) and set(cannot) == NINE - set(FRAMES)
-    measured = Prompts().measure(subject(tiny_case(forget=bare, full=False)))
+    measured = Prompts(least=1).measure(subject(tiny_case(forget=bare, full=False)))
     assert {text.split(":")[0].removeprefix("prompt attack ") for text in measured.missing} == NINE - set(FRAMES) - {
         "in_context"
     }
@@ -111,7 +111,7 @@ def test_told_share_counts_prompts_that_hold_their_answer():
 
 def test_prompts_take_the_worst_of_the_attacks_that_do_not_tell():
     case = tiny_case()
-    measured = Prompts().measure(subject(case))
+    measured = Prompts(least=1).measure(subject(case))
     table = measured.tables["prompts"].set_index("kind")
     found, _ = attack_questions(case.sets["forget"], case.sets["retain"], case.seed)
     for kind, own in found.items():
@@ -131,7 +131,9 @@ def test_an_organisms_own_attacks_are_used_and_tell_it_from_gold():
     case, found = small_case(), {}
     for role in ("original", "gold 1"):
         measured = Prompts().measure(subject(case, role))
-        assert set(measured.tables["prompts"].kind) == {"plain", *case.attacks} and not measured.missing
+        assert set(measured.tables["prompts"].kind) == {"plain", *case.attacks}
+        few = [kind for kind, own in case.attacks.items() if len(own) < 10]
+        assert [text.split(",")[0] for text in measured.missing] == [f"prompt attack {kind}" for kind in few]
         found[role] = by_metric(measured)["forget", "prompt_recall"].value
     assert found["original"] > 0.8 > 0.5 > found["gold 1"]
 
@@ -148,9 +150,31 @@ def test_an_attack_longer_than_the_context_is_named():
     case = tiny_case()
     long = case.sets["forget"].take([0])
     long = Questions([replace(long[0], question="the " * 40 + long[0].question)])
-    measured = Prompts().measure(subject(replace(case, attacks={"long": long, "plain too": case.sets["forget"]})))
+    measured = Prompts(least=1).measure(
+        subject(replace(case, attacks={"long": long, "plain too": case.sets["forget"]}))
+    )
     assert len(measured.missing) == 1 and "prompt attack long" in measured.missing[0]
+    assert ("the " * 20)[:79] + "…" in measured.missing[0] and "the " * 21 not in measured.missing[0]
     assert len(measured.numbers) == 2
+
+
+def test_an_attack_of_a_few_questions_is_in_the_table_and_not_the_worst_case():
+    case = tiny_case()
+    scores = score_answers(case.original, case.sets["forget"])
+    best = case.sets["forget"].take([int(scores.prob.argmax())])
+    attacks = {"many": case.sets["forget"], "few": best}
+    measured = Prompts(least=4).measure(subject(replace(case, attacks=attacks)))
+    assert by_metric(measured)["forget", "prompt_probability"].value == pytest.approx(scores.prob.mean(), abs=1e-6)
+    table = measured.tables["prompts"].set_index("kind").probability
+    assert table["few"] > table["many"]
+    assert measured.missing == (
+        "prompt attack few, in the table only: 1 questions, and 4 are needed for the worst case",
+    )
+    none = Prompts(least=5).measure(subject(replace(case, attacks=attacks)))
+    assert none.numbers == () and "none has 5 questions" in none.missing[-1]
+    assert (
+        Prompts(least=5, limit=2).measure(subject(replace(case, attacks=attacks))).numbers
+    )  # the limit takes its place
 
 
 # ---- the fact in the context
@@ -236,7 +260,7 @@ def test_contexts_are_made_where_a_case_has_none():
 def test_contexts_longer_than_the_models_are_named():
     long = Questions.from_rows([{"group": "a", "question": "the " * 20, "answer": "Oslo"}])
     measured = Context().measure(subject(tiny_case(forget=long)))
-    assert measured.numbers == () and "context is 32" in measured.missing[0]
+    assert measured.numbers == () and "context is 32" in measured.missing[0] and len(measured.missing[0]) < 200
 
 
 def test_the_small_organism_reads_or_says_so():
@@ -265,7 +289,13 @@ def test_weights_are_untouched_and_nan_is_refused(part):
 
 @pytest.mark.parametrize(
     ("part", "bad"),
-    [(Prompts, {"max_told": -0.1}), (Prompts, {"limit": 0}), (Context, {"min_reading": 1.1}), (Context, {"limit": 0})],
+    [
+        (Prompts, {"max_told": -0.1}),
+        (Prompts, {"limit": 0}),
+        (Prompts, {"least": 0}),
+        (Context, {"min_reading": 1.1}),
+        (Context, {"limit": 0}),
+    ],
 )
 def test_settings_that_mean_nothing(part, bad):
     with pytest.raises(AuditError, match="received"):

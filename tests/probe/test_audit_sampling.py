@@ -174,4 +174,17 @@ def test_one_question_is_enough_for_a_leak_but_not_for_an_interval():
     case = tiny_case()
     one = Case(case.original, {"forget": questions()[:1], "retain": questions()[1:]}, progress=False)
     number = Sampling().measure(subject(one)).numbers[0]
-    assert 0 < number.value.value < 1 and np.isnan(number.value.interval(10, 0)).all()
+    assert 0 < number.value.value < 1 and np.isnan([number.value.low, number.value.high]).all()
+
+
+def test_the_decoding_is_chosen_anew_in_every_bootstrap_replicate(monkeypatch):
+    """Either decoding leaks all of one person and nothing of the other: one of them says so in every replicate."""
+    case = tiny_case()
+    people = np.array([row.group for row in case.sets["forget"]])
+    first = (people == people[0]).astype(float)
+    leaks = {(1.0, 1.0): dict.fromkeys((1, 8, 32), first), (0.7, 1.0): dict.fromkeys((1, 8, 32), 1 - first)}
+    monkeypatch.setattr(Sampling, "_closed", lambda self, subject: (leaks, list(people)))
+    value = Sampling().measure(subject(case)).numbers[0].value
+    share = [first.mean(), 1 - first.mean()]
+    assert value.value == pytest.approx(max(share)) and "chosen anew in each replicate" in value.how
+    assert value.low > 0 and value.high == 1  # with one decoding a replicate without its people would be 0
