@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,8 @@ class Across:
     Attributes:
         table: A row per set, metric and model (`original`, `edited`, `gold`, `change`): the mean over seeds, its 95 %
             interval, the number of seeds.
-        equivalence: A row per set and metric with golds: the mean over seeds of edited minus gold as a share of
+        equivalence: A row per set and metric in which the original differs from the golds (by three of their standard
+            deviations, on every seed): the mean over seeds of edited minus gold as a share of
             original minus gold, its 90 % interval (two one-sided tests at 5 %), the margin, the p-value, and whether
             it is equivalent to gold.
         verdicts: The label of each card.
@@ -159,7 +160,7 @@ def _equivalent(cards: Sequence[ReportCard], name: str, metric: str, margin: flo
     shares = []
     for values in map(_values, cards):
         own = [values.get((name, metric, model)) for model in ("original", "edited", "gold")]
-        if None in own or own[0] == own[2]:
+        if None in own or not _tells(values, name, metric):
             return None
         shares.append((own[1] - own[2]) / (own[0] - own[2]))  # type: ignore[operator]
     found = np.array(shares)
@@ -169,6 +170,15 @@ def _equivalent(cards: Sequence[ReportCard], name: str, metric: str, margin: flo
     half = stats.t.ppf(0.95, n - 1) * error
     numbers = {"share": mean, "low": mean - half, "high": mean + half, "margin": margin, "p": float(p), "n_seeds": n}
     return {"set": name, "metric": metric, **numbers, "equivalent": bool(p < 0.05)}
+
+
+def _tells(values: Mapping[tuple[str, str, str], float], name: str, metric: str) -> bool:
+    """Whether the original lies outside what golds do by three of their standard deviations: else there is no scale."""
+    golds = [value for (s, m, model), value in values.items() if (s, m) == (name, metric) and model.startswith("gold ")]
+    if not golds:
+        return False
+    spread = float(np.std(golds, ddof=1)) if len(golds) > 1 else 0.0
+    return abs(values[name, metric, "original"] - float(np.mean(golds))) > max(3 * spread, 1e-6)
 
 
 def _cell(row: dict[object, object], metric: str) -> str:

@@ -209,8 +209,11 @@ class ReportCard:
         table = Table("", *models, box=box.SIMPLE_HEAD, pad_edge=False)
         table.columns[0].no_wrap, table.columns[0].min_width = roomy, 26
         before = " [" if roomy else "\n["
+        sizes = {set_label(name): size["questions"] for name, size in self.settings.get("sets", {}).items()}
         for name, part in wide.groupby("set", sort=False):
-            table.add_row(Text(f"{name} ({part['n'].iloc[0]})", style="bold"))
+            known = sizes.get(str(name))
+            size = part["n"].iloc[0] if known is None else counted(known, "questions")
+            table.add_row(Text(f"{name} ({size})", style="bold"))
             for row in records(part):
                 table.add_row(f"  {row['metric']}", *[Text(row[model].replace(" [", before)) for model in models])
         yield table

@@ -221,6 +221,11 @@ def test_equivalence_is_two_one_sided_tests():
     assert not far["equivalent"]
 
 
+def test_where_the_original_does_what_gold_does_there_is_no_scale_and_no_test():
+    found = across([card(i, original=0.12, golds=(0.05, 0.1)) for i in range(3)])
+    assert found.equivalence.empty and len(found.table)
+
+
 @pytest.mark.parametrize(("ids", "message"), [([0, 1], "at least 3"), ([0, 1, 1], "same original")])
 def test_seeds_that_are_none(ids, message):
     with pytest.raises(AuditError, match=message):
