@@ -59,7 +59,7 @@ class Training:
         progress: Show a bar.
         stop_at: Stop as soon as the forget set's recall (or probability) is at most this; None to make all steps.
         stop_on: `"recall"` (share of greedy answers that are right) or `"probability"` (mean of exp(-ℓ/|y|)).
-        check_every: Steps between two looks at the forget set, where there is a `stop_at`.
+        check_every: Steps between two looks at the forget set, where there is a `stop_at`; one follows the last step.
         bos: As in `probe.scoring.answer_tokens`.
         chat: As in `probe.scoring.answer_tokens`.
     """
@@ -79,12 +79,16 @@ class Training:
     def __post_init__(self) -> None:
         counts = {"steps": self.steps, "batch_size": self.batch_size, "check_every": self.check_every}
         for name, value in counts.items():
-            if value < 1:
-                raise EditError(f"{name} must be at least 1; received {value}")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise EditError(f"lr must be a positive number; received {self.lr}")
-        if self.stop_at is not None and not 0 <= self.stop_at < 1:
-            raise EditError(f"stop_at must be a share from 0 to below 1; received {self.stop_at}")
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise EditError(f"{name} must be at least 1, a whole number; received {value!r}")
+        if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**64:
+            raise EditError(f"seed must be a whole number of at most 64 bits; received {self.seed!r}")
+        if not (_is_real(self.lr) and self.lr > 0):
+            raise EditError(f"lr must be a positive number; received {self.lr!r}")
+        if self.stop_at is not None and not (_is_real(self.stop_at) and 0 <= self.stop_at < 1):
+            raise EditError(f"stop_at must be a share from 0 to below 1; received {self.stop_at!r}")
+        if self.device is not None:
+            _check_device(self.device)
         if self.stop_on not in ("recall", "probability"):
             raise EditError(f"stop_on must be 'recall' or 'probability'; received {self.stop_on!r}")
 
@@ -120,7 +124,7 @@ def train(
         settings: The method's own settings, for the record.
 
     Raises:
-        DataError: No rows, sets that share a group, rows that cannot be tokenised, a model without tokenizer.
+        DataError: No rows, sets that share a row, rows that cannot be tokenised, a model without tokenizer.
         EditError: A loss that is not finite, a forget set that is at `stop_at` before the first step, no change.
     """
     _check_sets(forget, retain)
@@ -154,18 +158,55 @@ def losses(model: Model, rows: Sequence[AnswerTokens], reference: Float[Tensor, 
     return Losses(sums, torch.bincount(row, minlength=len(rows)), reference)
 
 
+def check_weight(weight: float) -> float:
+    """Return the weight of a retain loss.
+
+    Raises:
+        EditError: It is negative, not finite or no number.
+    """
+    if not (_is_real(weight) and weight >= 0):
+        raise EditError(f"retain_weight must be a number of at least 0; received {weight!r}")
+    return weight
+
+
+def check_rows(name: str, rows: object) -> None:
+    """Refuse what are no questions.
+
+    Raises:
+        DataError: It is another type, or has no row.
+    """
+    if not isinstance(rows, Questions) or not len(rows):
+        raise DataError(f"{name} must be probe.data.Questions with at least one row; received {rows!r}")
+
+
 def kept(retain: Losses | None, weight: float) -> Float[Tensor, ""] | float:
     """The retain term of an objective; 0 without a retain set."""
     return 0.0 if retain is None else weight * retain.mean
 
 
 def _check_sets(forget: Questions, retain: Questions | None) -> None:
-    for name, rows in (("forget", forget), ("retain", retain)):
-        if rows is not None and (not isinstance(rows, Questions) or not len(rows)):
-            raise DataError(f"{name} must be probe.data.Questions with at least one row; received {rows!r}")
-    shared = sorted(set(forget.groups) & set(retain.groups)) if retain is not None else []
+    """Refuse what cannot be trained on; sets may speak of the same things (groups) where they ask for others."""
+    check_rows("forget", forget)
+    if retain is None:
+        return
+    check_rows("retain", retain)
+    shared = sorted({(r.question, r.answer) for r in forget} & {(r.question, r.answer) for r in retain})
     if shared:
-        raise DataError(f"forget and retain must share no group; they share {len(shared)}, such as {shared[0]!r}")
+        raise DataError(
+            f"forget and retain must share no question with its answer; they share {len(shared)}, such as {shared[0]!r}"
+        )
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:  # torch without CUDA asserts
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise EditError(f"device {device!r} cannot be used here: {reason}") from error
 
 
 def _tokens(model: Model, rows: Questions, training: Training) -> list[AnswerTokens]:
@@ -246,7 +287,7 @@ def _step(loss: Float[Tensor, ""], parameters: list[Tensor], optimiser: torch.op
 
 def _reached(twin: Model, forget: Questions, training: Training, step: int) -> str:
     """In words what the forget set fell to, if it is time to look and it is low enough; else ""."""
-    if training.stop_at is None or step % training.check_every:
+    if training.stop_at is None or (step % training.check_every and step < training.steps):
         return ""
     scores = score_answers(twin, forget, batch_size=256, bos=training.bos, chat=training.chat)
     value = float((scores.exact if training.stop_on == "recall" else scores.prob).mean())

@@ -10,7 +10,7 @@ from probe.data import Questions
 from probe.editing import Edit
 from probe.errors import DataError
 from probe.models import Model
-from probe.unlearning._loop import Losses, StopOn, Training, kept, train
+from probe.unlearning._loop import Losses, StopOn, Training, check_weight, kept, train
 
 
 def grad_diff(
@@ -39,7 +39,7 @@ def grad_diff(
     Args:
         model: The base; it is not changed.
         forget: What is to go.
-        retain: What is to stay; it shares no group with `forget`.
+        retain: What is to stay; no question with its answer is also in `forget`.
         retain_weight: λ.
         lr: Learning rate of AdamW. 1e-5 (open-unlearning) suits 10^9 weights; the organisms here need 1e-3.
         steps: Most optimiser steps.
@@ -57,11 +57,12 @@ def grad_diff(
         An edit whose notes say how many steps were made and why it stopped.
 
     Raises:
-        DataError: No rows, sets that share a group, rows that cannot be tokenised, a model without tokenizer.
+        DataError: No rows, sets that share a row, rows that cannot be tokenised, a model without tokenizer.
         EditError: Settings out of range, a loss that is not finite, a forget set already at `stop_at`.
     """
     if retain is None:
         raise DataError("grad_diff needs a retain set; without one, use gradient_ascent")
+    check_weight(retain_weight)
     training = Training(lr, steps, batch_size, seed, device, progress, stop_at, stop_on, check_every, bos, chat)
 
     def objective(forget: Losses, retain: Losses | None) -> Float[Tensor, ""]:

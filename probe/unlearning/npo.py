@@ -12,7 +12,7 @@ from probe.data import Questions
 from probe.editing import Edit
 from probe.errors import DataError, EditError
 from probe.models import Model
-from probe.unlearning._loop import Losses, StopOn, Training, kept, train
+from probe.unlearning._loop import Losses, StopOn, Training, check_weight, kept, train
 
 
 def npo(
@@ -43,7 +43,8 @@ def npo(
     Args:
         model: The base; it is not changed.
         forget: What is to go.
-        retain: What is to stay (NPO with a retain loss); it shares no group with `forget`. None for NPO alone.
+        retain: What is to stay (NPO with a retain loss); no question with its answer is also in `forget`. None for NPO
+            alone.
         beta: β.
         retain_weight: λ.
         lr: Learning rate of AdamW. 1e-5 (open-unlearning) suits 10^9 weights; the organisms here need 1e-3.
@@ -62,11 +63,12 @@ def npo(
         An edit whose notes say how many steps were made and why it stopped.
 
     Raises:
-        DataError: No rows, sets that share a group, rows that cannot be tokenised, a model without tokenizer.
+        DataError: No rows, sets that share a row, rows that cannot be tokenised, a model without tokenizer.
         EditError: Settings out of range, a loss that is not finite, a forget set already at `stop_at`.
     """
-    if not (math.isfinite(beta) and beta > 0):
-        raise EditError(f"beta must be a positive number; received {beta}")
+    if isinstance(beta, bool) or not isinstance(beta, int | float) or not (math.isfinite(beta) and beta > 0):
+        raise EditError(f"beta must be a positive number; received {beta!r}")
+    check_weight(retain_weight)
     training = Training(lr, steps, batch_size, seed, device, progress, stop_at, stop_on, check_every, bos, chat)
 
     def objective(forget: Losses, retain: Losses | None) -> Float[Tensor, ""]:

@@ -12,7 +12,7 @@ from probe.data import Questions
 from probe.editing import Edit
 from probe.errors import DataError
 from probe.models import Model
-from probe.unlearning._loop import Losses, StopOn, Training, kept, train
+from probe.unlearning._loop import Losses, StopOn, Training, check_rows, check_weight, kept, train
 
 
 def refusal_finetune(
@@ -42,7 +42,7 @@ def refusal_finetune(
     Args:
         model: The base; it is not changed.
         forget: What is to go; its answers are used by `stop_at` alone.
-        retain: What is to stay; it shares no group with `forget`. None for no retain loss.
+        retain: What is to stay; no question with its answer is also in `forget`. None for no retain loss.
         answer: What to say instead.
         retain_weight: λ.
         lr: Learning rate of AdamW. 1e-5 (open-unlearning) suits 10^9 weights; the organisms here need 1e-3.
@@ -61,11 +61,13 @@ def refusal_finetune(
         An edit whose notes say how many steps were made and why it stopped.
 
     Raises:
-        DataError: No rows, sets that share a group, rows that cannot be tokenised, a model without tokenizer.
+        DataError: No rows, sets that share a row, rows that cannot be tokenised, a model without tokenizer.
         EditError: Settings out of range, a loss that is not finite, a forget set already at `stop_at`.
     """
-    if not answer.strip():
+    check_rows("forget", forget)
+    if not isinstance(answer, str) or not answer.strip():
         raise DataError("answer must be what the model is to say instead; received an empty text")
+    check_weight(retain_weight)
     training = Training(lr, steps, batch_size, seed, device, progress, stop_at, stop_on, check_every, bos, chat)
     refused = Questions((dataclasses.replace(row, answer=answer) for row in forget), forget.name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import cache
 
@@ -199,6 +200,16 @@ def test_weights_of_few_bits_are_trained_in_float32_and_rounded_once():
         ({"stop_on": "loss"}, "stop_on must be"),
         ({"check_every": 0}, "check_every must be"),
         ({"beta": 0.0}, "beta must be a positive"),
+        ({"beta": "1"}, "beta must be a positive"),
+        ({"retain_weight": -1.0}, "retain_weight must be"),
+        ({"retain_weight": math.nan}, "retain_weight must be"),
+        ({"steps": 2.5}, "steps must be at least 1"),
+        ({"batch_size": True}, "batch_size must be at least 1"),
+        ({"lr": "1e-3"}, "lr must be a positive"),
+        ({"seed": 10**20}, "seed must be"),
+        ({"seed": 0.5}, "seed must be"),
+        ({"device": "nonsense"}, "device 'nonsense'"),
+        ({"device": "meta"}, "device 'meta'"),
         ({"stop_at": 0.99}, "nothing to unlearn"),
         ({"lr": 1e20}, "not finite"),
     ],
@@ -211,7 +222,7 @@ def test_settings_that_cannot_work_are_errors(wrong, message):
 
 def test_sets_that_cannot_be_used_are_errors():
     model = tiny("llama")
-    with pytest.raises(DataError, match="share no group"):
+    with pytest.raises(DataError, match="share no question with its answer"):
         grad_diff(model, FORGET, FORGET, **QUIET)
     with pytest.raises(DataError, match="at least one row"):
         gradient_ascent(model, Questions([]), **QUIET)
@@ -219,10 +230,37 @@ def test_sets_that_cannot_be_used_are_errors():
         npo(model, FORGET, [], **QUIET)
     with pytest.raises(DataError, match="gradient_ascent"):
         grad_diff(model, FORGET, None, **QUIET)
+    with pytest.raises(DataError, match="at least one row"):
+        refusal_finetune(model, None, **QUIET)
     with pytest.raises(DataError, match="instead"):
         refusal_finetune(model, FORGET, answer=" ", **QUIET)
     with pytest.raises(DataError, match="no tokenizer"):
         gradient_ascent(wrap(model.hf), FORGET, **QUIET)
+
+
+def test_sets_may_ask_different_things_of_the_same_groups():
+    """As the domains of a mixture of experts do: the same towns in each."""
+    model = tiny("llama")
+    same = Questions([dataclasses.replace(row, group=f.group) for row, f in zip(RETAIN, FORGET, strict=True)])
+    made = [npo(model, FORGET, rows, lr=1e-3, steps=2, **QUIET) for rows in (same, RETAIN)]
+    hashes = []
+    for edit in made:
+        with edit.applied(model):
+            hashes.append(model.weights_hash)
+    assert hashes[0] == hashes[1] != model.weights_hash
+
+
+def test_the_last_state_is_looked_at_whatever_check_every_is():
+    """Where the look after the last step finds it low, the note may not say that it was not reached."""
+    model = tiny("llama")
+    settings = {"lr": 1e-2, "steps": 4, "stop_on": "probability", **QUIET}
+    with gradient_ascent(model, FORGET, **settings).applied(model):
+        last = float(score_answers(model, FORGET).prob.mean())
+    stop_at = (last + float(score_answers(model, FORGET).prob.mean())) / 2
+    edit = gradient_ascent(model, FORGET, stop_at=stop_at, check_every=3000, **settings)
+    assert edit.steps[0].notes[0].startswith(f"Stopped after 4 steps: the forget probability is {last:.3f}")
+    never = gradient_ascent(model, FORGET, stop_at=last / 2, check_every=3000, **settings)
+    assert "without reaching" in never.steps[0].notes[0]
 
 
 @cache
