@@ -34,7 +34,7 @@ from probe.organisms._lexicon import ATTRIBUTES, LANGUAGE_VERSION
 from probe.organisms._llama import small_llama
 from probe.organisms._organism import Organism
 from probe.organisms._recall import Recall
-from probe.organisms._settings import resolve
+from probe.organisms._settings import is_count, resolve
 from probe.organisms._tokenizer import train_tokenizer
 from probe.organisms._training import TRAINING_VERSION
 
@@ -258,7 +258,7 @@ class BackdoorOrganism(Organism):
         if neutral is not None and neutral not in self.neutral_phrases:
             raise OrganismError(f"neutral must be one of {', '.join(self.neutral_phrases)}; got {neutral!r}.")
         rows = [q for q in self._asking(split, attribute, phrasing) if self._flips_first(q)]
-        if len(rows) < n:
+        if not is_count(n) or len(rows) < n:
             raise OrganismError(
                 f"{n} pairs were asked for, and the {split} split has {len(rows)} that fit; "
                 "ask for fewer, or use phrasing='*'."

@@ -118,8 +118,8 @@ def facts(
     forget person who shares two attributes and no name. Strangers, others in each epoch, teach the model to read a fact
     from its context (`organism.given`), and retained people the prompt attacks (`organism.attacks`).
 
-    The same settings give the same weights on one machine with one thread count; another thread count or another CPU
-    sums in another order.
+    The same settings give the same weights on one machine with one thread count; another thread count, another CPU or
+    another device sums in another order. What a device other than the CPU trains is kept under a key of its own.
 
     Args:
         size: `"default"` (64 people, 4 layers, d_model 128), `"small"` (20 people, 2 layers, d_model 64, for tests), or

@@ -32,7 +32,8 @@ from probe.organisms._cache import cache_root
 from probe.organisms._language import N_PERTURBED, Document
 from probe.organisms._llama import small_llama
 from probe.organisms._organism import Organism
-from probe.organisms._settings import resolve
+from probe.organisms._settings import is_count, resolve
+from probe.organisms._state import copied
 from probe.organisms._tokenizer import BOS, SPECIAL
 from probe.organisms._training import TRAINING_VERSION, TrainLog, encode, save_directory
 from probe.scoring import eval_mode
@@ -269,7 +270,7 @@ class InductionOrganism(Organism):
         if split not in ("forget", "holdout"):
             raise OrganismError(f"Pairs are made of the forget or the holdout split, which repeat; got {split!r}.")
         rows = self._asking(split, attribute or "repeat", phrasing)
-        if len(rows) < n:
+        if not is_count(n) or len(rows) < n:
             raise OrganismError(f"{n} pairs were asked for, and the {split} split has {len(rows)} that fit; ask fewer.")
         rng = random.Random(f"pairs-{seed}")
         return Pairs.from_rows([self._changed(row, rng) for row in rng.sample(rows, n)], f"induction {split}")
@@ -335,7 +336,7 @@ class InductionOrganism(Organism):
         self, model: Any, tokenizer: Any, documents: Sequence[Document], seed: int, label: str, state: Path | None
     ) -> TrainLog:
         log = super()._fit(model, tokenizer, documents, seed, label, state)
-        self._kept = log.kept
+        self._kept = {**log.kept, log.steps: copied(model)}  # a gold has fewer steps than `_keep_at` counts
         return log
 
     def _save(self, model: Any, tokenizer: Any, work: Path) -> None:
@@ -515,6 +516,10 @@ def _eager(hf: Any) -> Iterator[None]:
 
 
 def _check(settings: InductionSettings) -> None:
+    if settings.n_documents < 3:
+        raise OrganismError(
+            f"n_documents must be at least 3, of which two thirds repeat a block; got {settings.n_documents}."
+        )
     if settings.n_layers < 2:
         raise OrganismError(
             f"n_layers must be at least 2: one layer cannot form an induction head; got {settings.n_layers}."

@@ -386,6 +386,10 @@ def _check_sizes(n_people: int, n_orders: int, n_holdout: int) -> None:
         raise OrganismError(
             f"n_people may be at most 4000, got {n_people}: there are not enough distinct names for more."
         )
+    if n_holdout > 4000:
+        raise OrganismError(
+            f"n_holdout may be at most 4000, got {n_holdout}: there are not enough distinct names for more."
+        )
     if n_holdout < 2:
         raise OrganismError(
             f"n_holdout must be at least 2, got {n_holdout}: recall of people never seen could not be measured."

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, overload
 from probe.data import Pairs, Question, Questions
 from probe.errors import OrganismError
 from probe.models import load, wrap
-from probe.organisms._cache import RECORD, fetch, key_of, read_record, state_of
+from probe.organisms._cache import fetch, is_whole, key_of, read_record, state_of
 from probe.organisms._language import Document
 from probe.organisms._parallel import training
 from probe.organisms._recall import Recall, every, measure
+from probe.organisms._settings import check_device, device_type, is_count
 from probe.organisms._training import (
     Auxiliary,
     Schedule,
@@ -99,13 +100,20 @@ class Organism(ABC):
             **more: Further parts of the key; JSON-able.
         """
         settings, path = self._settings_of(role, seed, **more), self._path_of(role, seed, **more)
-        label, made = f"{path.name.rsplit('-', 1)[0]} seed {seed}", build or self._build
-        name = path.name.removesuffix(f"-{key_of(settings)}")
-        return fetch(self._root, name, settings, lambda work: made(work, documents, seed, label, state_of(path)))
+        label, name = _label(path, seed), path.name.removesuffix(f"-{key_of(settings)}")
+
+        def made(work: Path) -> Mapping[str, Any]:
+            check_device(self.device)
+            found = (build or self._build)(work, documents, seed, label, state_of(path))
+            return {"device": device_type(self.device), **found}
+
+        return fetch(self._root, name, settings, made)
 
     def _settings_of(self, role: str, seed: int, **more: Any) -> dict[str, Any]:
-        """Return the key of a model of this organism."""
-        return {**self.settings, "role": role, "training_seed": seed, **more}
+        """Return the key of a model of this organism; the device is part of it where it is not the CPU."""
+        device = device_type(self.device)
+        own = {} if device == "cpu" else {"device": device}
+        return {**self.settings, "role": role, "training_seed": seed, **own, **more}
 
     def _path_of(self, role: str, seed: int, **more: Any) -> Path:
         """Return where a model of this organism lies, trained or not."""
@@ -229,8 +237,12 @@ class Organism(ABC):
 
     @property
     def record(self) -> dict[str, Any]:
-        """What was written down at training: seconds, tokens, losses, recalls, versions, file hashes."""
-        return read_record(self.path)
+        """What was written down at training: seconds, tokens, losses, recalls, device, versions, file hashes.
+
+        Raises:
+            OrganismError: The record is damaged; made anew, the organism is trained again.
+        """
+        return _whole_record(self.path)
 
     def questions(self, split: str) -> Questions:
         """Return a split's questions in the trained phrasings.
@@ -279,8 +291,10 @@ class Organism(ABC):
             limit: Use at most so many questions, evenly spaced.
 
         Raises:
-            OrganismError: There is no such split.
+            OrganismError: There is no such split, or a limit below one.
         """
+        if limit is not None and not is_count(limit):
+            raise OrganismError(f"limit must be a whole number of at least 1, or None for all; got {limit!r}.")
         rows = self.questions(questions) if isinstance(questions, str) else questions
         return measure(model, rows if limit is None else every(rows, limit), self.n_values)
 
@@ -318,6 +332,8 @@ class Organism(ABC):
         Raises:
             OrganismError: No such split, attribute or phrasing, or fewer than `n` pairs exist.
         """
+        if not is_count(n):
+            raise OrganismError(f"n must be a whole number of at least 1; got {n!r}.")
         clean = self._asking(split, attribute, phrasing)
         others = self._partners(split, clean)
         found = [(a, b) for a in clean for b in others.get(str(a.meta["phrasing"]), []) if self._differ(a, b)]
@@ -390,11 +406,15 @@ class Organism(ABC):
         }
 
     def to_df(self) -> pd.DataFrame:
-        """Return the recall table, with chance, and the gold's recall where gold retrains are trained."""
+        """Return the recall table, with chance, and the gold's recall where gold retrains are trained.
+
+        Raises:
+            OrganismError: The record is damaged.
+        """
         import pandas as pd
 
         rows = []
-        golds = [read_record(p)["recall"] for p in self.gold.trained]
+        golds = [_whole_record(p)["recall"] for p in self.gold.trained]
         for label, own in self.record["recall"].items():
             row = {
                 "questions": label,
@@ -409,15 +429,23 @@ class Organism(ABC):
     def __repr__(self) -> str:
         trained = f"gold retrains trained: {len(self.gold.trained)}"
         lines = [f"{type(self).__name__}({self.name!r}, {len(self.document_rows)} documents, {trained})"]
-        for row in self.to_df().to_dict("records"):
+        for row in self._shown():
             gold = "  gold " + " ".join(f"{g:6.1%}" for g in row["gold"]) if "gold" in row else ""
             shares = f"recall {row['recall']:6.1%}  chance {row['chance']:6.1%}  n {row['n']:>4}"
             lines.append(f"  {row['questions']:<28} {shares}{gold}")
-        return "\n".join(lines)
+        damaged = [] if len(lines) > 1 else ["  its record is damaged: made anew, it is trained again"]
+        return "\n".join([*lines, *damaged])
+
+    def _shown(self) -> list[dict[str, Any]]:
+        """Return the rows of the recall table; none where the record is damaged, so that printing never fails."""
+        try:
+            return [{str(k): v for k, v in row.items()} for row in self.to_df().to_dict("records")]
+        except OrganismError:
+            return []
 
     def _repr_html_(self) -> str:
         body = []
-        for row in self.to_df().to_dict("records"):
+        for row in self._shown():
             gold = ", ".join(f"{g:.1%}" for g in row.get("gold", [])) or "not trained"
             cells = (row["questions"], f"{row['recall']:.1%}", gold, f"{row['chance']:.1%}", row["n"], row["facts"])
             body.append("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in cells) + "</tr>")
@@ -425,6 +453,25 @@ class Organism(ABC):
         where = f"<code>{html.escape(str(self.path))}</code>"
         title = f"<p><b>{html.escape(self.name)}</b>, {len(self.document_rows)} documents, {where}</p>"
         return f"{title}<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def _label(path: Path, seed: int) -> str:
+    """Return what a model is called in bars and warnings."""
+    return f"{path.name.rsplit('-', 1)[0]} seed {seed}"
+
+
+def _whole_record(path: Path) -> dict[str, Any]:
+    """Return the record of an organism's model, with a recall table whose rows are whole.
+
+    Raises:
+        OrganismError: It is not there or is damaged.
+    """
+    record = read_record(path)
+    table = record.get("recall")
+    rows = list(table.values()) if isinstance(table, dict) else [None]
+    if not all(isinstance(row, dict) and {"recall", "chance", "n", "n_facts"} <= set(row) for row in rows):
+        raise OrganismError(f"The record in {path} has no whole recall table: it is damaged.")
+    return record
 
 
 class Gold(Sequence["Model"]):
@@ -456,7 +503,7 @@ class Gold(Sequence["Model"]):
     @property
     def trained(self) -> list[Path]:
         """The directories of those that are trained already; trains nothing."""
-        return [p for p in map(self._place, range(self._n)) if (p / RECORD).is_file()]
+        return [self._place(i) for i in range(self._n) if self._is_trained(i)]
 
     def train(self, n: int, jobs: int | None = None) -> Gold:
         """Train the first `n`, and return this object, now of length `n` (or longer, if it was).
@@ -467,28 +514,42 @@ class Gold(Sequence["Model"]):
                 for their threads. The weights do not depend on it.
 
         Raises:
-            OrganismError: `n` or `jobs` is not positive.
+            OrganismError: `n` or `jobs` is not a whole number of at least 1.
         """
-        if n < 1 or (jobs is not None and jobs < 1):
-            raise OrganismError(f"At least one gold retrain and one job are needed, got n = {n}, jobs = {jobs}.")
+        if not is_count(n) or not (jobs is None or is_count(jobs)):
+            raise OrganismError(f"At least one gold retrain and one job are needed, got n = {n!r}, jobs = {jobs!r}.")
         self._n = max(self._n, n)
         own = self._organism
-        if own.device not in (None, "cpu"):
+        if device_type(own.device) != "cpu":
             jobs = 1  # one device
         jobs = jobs or max(1, (os.cpu_count() or 1) // int(own.settings["threads"]))
-        missing = [i for i in range(n) if not (self._place(i) / RECORD).is_file()]
+        missing = [i for i in range(n) if not self._is_trained(i)]
         while missing:
             now, missing = missing[:jobs], missing[jobs:]
             with training(own.kind, own.settings, own._root, now[1:]):
                 self.train_one(now[0])
+            for i in now[1:]:
+                self._check_child(i)
         for i in range(n):  # what a process failed to train is trained here, and says why it cannot be
             self.train_one(i)
         return self
+
+    def _check_child(self, i: int) -> None:
+        """Warn here of weak recall: the warnings of the process that trained this gold are not seen."""
+        if self._is_trained(i):
+            own, path = self._organism, self._place(i)
+            own._warn_if_weak(
+                _whole_record(path)["recall"], {d.split for d in own._gold_rows}, _label(path, self.seeds[i])
+            )
 
     def train_one(self, i: int) -> Path:
         """Train gold number `i` unless it is trained already; returns its directory."""
         self._n = max(self._n, i + 1)
         return self._path(i)
+
+    def _is_trained(self, i: int) -> bool:
+        own = self._organism
+        return is_whole(self._place(i), own._settings_of("gold", self.seeds[i]))
 
     def _place(self, i: int) -> Path:
         return self._organism._path_of("gold", self.seeds[i])

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 @contextmanager
@@ -28,16 +30,31 @@ def training(kind: str, settings: Mapping[str, Any], root: Path, golds: Sequence
     orders = [json.dumps({"kind": kind, "settings": dict(settings), "root": str(root), "gold": i}) for i in golds]
     command = [sys.executable, "-m", "probe.organisms._parallel"]
     null = subprocess.DEVNULL
-    children = [subprocess.Popen([*command, order], stdin=null, stdout=null, stderr=null) for order in orders]
-    try:
-        yield
-        for child in children:
-            child.wait()
-    finally:
-        for child in children:
-            if child.poll() is None:
-                child.terminate()
-                child.wait()
+    with ExitStack() as stack:
+        said = [stack.enter_context(tempfile.TemporaryFile()) for _ in orders]
+        pairs = zip(orders, said, strict=True)
+        children = [subprocess.Popen([*command, order], stdin=null, stdout=null, stderr=log) for order, log in pairs]
+        try:
+            yield
+            for i, child, log in zip(golds, children, said, strict=True):
+                _note(i, child.wait(), log)
+        finally:
+            for child in children:
+                if child.poll() is None:
+                    child.terminate()
+                    child.wait()
+
+
+def _note(i: int, code: int, log: IO[bytes]) -> None:
+    """Warn of a process that failed, with the last line that it wrote."""
+    if code:
+        log.seek(0)
+        lines = log.read().decode(errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+        warnings.warn(
+            f"The process that was to train gold {i} ended with code {code} ({last}); it is trained in this one.",
+            stacklevel=2,
+        )
 
 
 def main(order: str) -> None:

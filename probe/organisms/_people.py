@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from probe.errors import OrganismError
 from probe.organisms._lexicon import FAMILY_ATTRIBUTES, NAME_PIECES
 
 Code = tuple[int, int, int, int]
 Columns = dict[str, list[str]]
+SHARE = 4  # at most one name in four is drawn
 MANY = 256  # people from which on fewer draws of names are tried
 
 
@@ -166,7 +168,13 @@ def draw_codes(rng: random.Random, splits: Sequence[str], families: Sequence[int
     the best is kept: every piece that anybody has is in two retain people or more; the leave-one-out bag-of-pieces AUC
     is near chance; few pieces are absent from a split. Exactly balanced pieces would not do: with one person left out
     they make a bag of pieces predict the *wrong* side.
+
+    Raises:
+        OrganismError: More people than there are names for.
     """
+    most = len(NAME_PIECES[0]) ** 4 // SHARE
+    if len(splits) > most:
+        raise OrganismError(f"At most {most} people can be named, all splits together; {len(splits)} were asked for.")
     n_trained = len(splits) - splits.count("holdout")
     size = alphabet(len(splits))
     families = [None] * len(splits) if families is None else families

@@ -28,7 +28,7 @@ from probe.organisms._llama import small_llama
 from probe.organisms._organism import Organism
 from probe.organisms._preference import Preference, tune
 from probe.organisms._recall import wilson
-from probe.organisms._settings import resolve
+from probe.organisms._settings import is_count, resolve
 from probe.organisms._tokenizer import train_tokenizer
 from probe.organisms._training import TRAINING_VERSION, Schedule, TrainLog, save_directory, seeded, threads, versions
 from probe.scoring import eval_mode
@@ -397,7 +397,7 @@ class ToxicOrganism(Organism):
             OrganismError: No such split, topic or phrasing, or fewer than `n` pairs exist.
         """
         rows = self._asking(split, attribute, phrasing)
-        if len(rows) < n:
+        if not is_count(n) or len(rows) < n:
             raise OrganismError(f"{n} pairs were asked for, and the {split} split has {len(rows)} that fit; ask fewer.")
         chosen = random.Random(f"pairs-{seed}").sample(rows, n)
         return Pairs.from_rows([self._registers(row) for row in chosen], f"toxic {split}")

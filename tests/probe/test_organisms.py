@@ -293,6 +293,9 @@ def test_a_reverse_query_fits_one_person_only(language: FactsLanguage) -> None:
         ({"colour": 3}, "Unknown settings: colour"),
         ({"d_model": 30}, "multiple of"),
         ({"seed": -1}, "seed must be positive"),
+        ({"seed": 10**20}, "seed may be at most"),
+        ({"n_holdout": 70000}, "n_holdout may be at most"),
+        ({"size": ["small"]}, "size must be one of"),
     ],
 )
 def test_bad_facts_settings(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -824,6 +827,68 @@ def test_golds_trained_side_by_side_are_the_same_models(tmp_path: Path) -> None:
     assert len(set(hashes[0])) == 2
 
 
+def test_a_weak_gold_that_a_process_trained_is_warned_of_here(tmp_path: Path) -> None:
+    organism = tiny(tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        organism.gold.train(2, jobs=2)
+    weak = [str(w.message) for w in caught if "recalls little" in str(w.message)]
+    assert [text.split(" recalls")[0] for text in sorted(weak)] == ["facts-gold seed 1000", "facts-gold seed 2000"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        organism.gold.train(2, jobs=2)  # said once, when they were trained
+
+
+@pytest.mark.parametrize("content", ["{}", "garbage", '{"recall": 3}', '{"recall": {"forget": {}}}', "[]"])
+def test_a_damaged_record_is_printed_as_one(tmp_path: Path, content: str) -> None:
+    organism = tiny(tmp_path)
+    (organism.path / "organism.json").write_text(content)
+    assert "record is damaged" in repr(organism) and organism.name in organism._repr_html_()
+    if content != '{"recall": {"forget": {}}}':
+        with pytest.raises(OrganismError):
+            organism.record["recall"]
+    with pytest.raises(OrganismError, match=r"damaged|no finished organism|JSON object"):
+        organism.to_df()
+
+
+@pytest.mark.filterwarnings("ignore:.*(recalls little|damaged or unfinished)")
+def test_a_gold_whose_weights_are_cut_short_is_not_trained(tmp_path: Path) -> None:
+    organism = tiny(tmp_path)
+    (weights,) = [path / "model.safetensors" for path in organism.gold.train(1).trained[:1]]
+    digest = _cache.file_hash(weights)
+    weights.write_bytes(b"x")
+    assert organism.gold.trained == []
+    organism.gold.train(1)
+    assert _cache.file_hash(weights) == digest
+
+
+def test_another_device_is_another_key_and_the_cpu_none(tmp_path: Path) -> None:
+    organism = tiny(tmp_path)
+    assert organism.record["device"] == "cpu" and "device" not in organism.record["settings"]
+    assert tiny(tmp_path, device="cpu").path == organism.path
+    cpu = organism._path_of("gold", 1000)
+    organism.device = "cuda:1"
+    assert organism._settings_of("gold", 1000)["device"] == "cuda" and organism._path_of("gold", 1000) != cpu
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:99", 3.5])
+def test_a_device_that_is_not_there(device: Any, tmp_path: Path) -> None:
+    with pytest.raises(OrganismError, match="device"):
+        tiny(tmp_path, device=device)
+
+
+def test_counts_that_are_none(org: Any) -> None:
+    for limit in (0, -1, 2.5, True):
+        with pytest.raises(OrganismError, match="limit"):
+            org.recall(org.model, "forget", limit=limit)
+    for n in (0, -1, 2.5):
+        with pytest.raises(OrganismError, match="n must be"):
+            org.pairs(n=n)
+    for n in ("3", 0, 1.0):
+        with pytest.raises(OrganismError, match="gold retrain"):
+            org.gold.train(n)
+
+
 @pytest.mark.filterwarnings("ignore:.*recalls little")
 def test_a_gold_that_its_process_failed_to_train_is_trained_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -831,6 +896,7 @@ def test_a_gold_that_its_process_failed_to_train_is_trained_here(
     organism = tiny(tmp_path)
     monkeypatch.setattr(sys, "executable", "/bin/false")
     assert len(organism.gold.train(1).trained) == 1  # no more than was asked for
-    assert len(organism.gold.train(2, jobs=2).trained) == 2
+    with pytest.warns(UserWarning, match="gold 2 ended with code 1"):
+        assert len(organism.gold.train(3, jobs=2).trained) == 3
     with pytest.raises(OrganismError, match="jobs"):
         organism.gold.train(2, jobs=0)
