@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -22,6 +21,7 @@ from tqdm.auto import tqdm
 from probe._stats import codes
 from probe.audit._case import Case
 from probe.audit.part import Estimate, Measurement, Metric, Number, Part, Ratio, Subject, spaced
+from probe.audit.relearning import relearning_time_ratio
 from probe.data import Questions
 from probe.errors import AuditError, DataError
 from probe.models import Model, pad
@@ -226,6 +226,21 @@ class _Drawn:
     logprobs: tuple[Float[Tensor, "token d_vocab"], ...]
 
 
+@dataclass(frozen=True)
+class _Far:
+    """How far a model is from each gold on one set, by the gold's name: sums over the questions of each group.
+
+    Attributes:
+        nats: Symmetric KL of the answers.
+        tokens: Tokens of an answer, the mean of both sides.
+        count: Questions.
+    """
+
+    nats: dict[str, Float[np.ndarray, " group"]]
+    tokens: dict[str, Float[np.ndarray, " group"]]
+    count: Float[np.ndarray, " group"]
+
+
 @dataclass
 class _Memo:
     """What the golds of one case drew, and what is known of pairs of them: by set and gold."""
@@ -249,6 +264,9 @@ class Distance(Part):
     - distance_share (forget): (distance - floor) / (ceiling - floor) per answer. 0 is as far from gold as gold is, 1
       as far as the original; it may be negative, or above 1 (a model that is further off than one that knows all). For
       a gold, the floor and the ceiling are those of the other golds, so that it is not part of its own yardstick.
+
+    All of them are over the golds of the case at hand: a gold that is judged as if it were an edit, with itself left
+    out (`Bench.gold_card`), is no part of anybody's numbers.
 
     Attributes:
         n_samples: Answers a question.
@@ -280,26 +298,15 @@ class Distance(Part):
         golds = [i for i in range(len(subject.case.golds)) if i != own]
         if not golds:
             return Measurement(missing=("distance to gold: a gold needs another gold",))
-        numbers, payload = [], {}
-        for name in (one for one in SETS if subject.case.has(one)):
-            nats, tokens, count = self._one_set(subject, name, own, golds)
-            top = np.mean(list(nats.values()), axis=0)
-            numbers += [
-                Number(name, "distance_to_gold", Ratio(top, tokens)),
-                Number(name, "distance_to_gold_answer", Ratio(top, count)),
-            ]
-            # by the gold itself: when a gold is judged with itself left out, the others change their numbers
-            payload[name] = ({id(subject.case.golds[i]): own_nats for i, own_nats in nats.items()}, count)
-        return Measurement(tuple(numbers), payload=payload)
+        sets = [name for name in SETS if subject.case.has(name)]
+        return Measurement(payload={name: self._one_set(subject, name, own, golds) for name in sets})
 
-    def _one_set(
-        self, subject: Subject, name: str, own: int | None, golds: Sequence[int]
-    ) -> tuple[dict[int, np.ndarray], np.ndarray, np.ndarray]:
-        """By gold the summed nats of each group; tokens of an answer (mean of both sides) and questions by group."""
+    def _one_set(self, subject: Subject, name: str, own: int | None, golds: Sequence[int]) -> _Far:
+        """One set's distances to each gold; `own` is the subject's number where it is a gold."""
         case, memo = subject.case, _GOLDS.setdefault(subject.case, {}).setdefault(self, _Memo())
         rows = self._questions(case, subject.model, name)
         mine = self._golds_drawn(case, memo, name, own, rows) if own is not None else self._drawn(subject, rows)
-        nats, tokens = {}, []
+        nats, tokens = {}, {}
         for i in tqdm(golds, desc=f"{subject.role}: distance, {name}", disable=not case.progress):
             gold = self._golds_drawn(case, memo, name, i, rows)
             if own is None:
@@ -311,9 +318,10 @@ class Distance(Part):
                 )
             else:
                 there, back = (self._between(case, memo, name, a, b, rows) for a, b in ((own, i), (i, own)))
-            nats[i] = there + back
-            tokens.append(self._by_group((mine.samples.lengths + gold.samples.lengths) / 2, rows))
-        return nats, np.mean(tokens, axis=0), np.bincount(codes(rows.groups)).astype(float)
+            nats[case.gold_names[i]] = there + back
+            lengths = (mine.samples.lengths + gold.samples.lengths) / 2
+            tokens[case.gold_names[i]] = self._by_group(lengths, rows)
+        return _Far(nats, tokens, np.bincount(codes(rows.groups)).astype(float))
 
     def _between(self, case: Case, memo: _Memo, name: str, a: int, b: int, rows: Questions) -> np.ndarray:
         """KL(gold a‖gold b), each direction of each pair computed once."""
@@ -353,36 +361,55 @@ class Distance(Part):
         return np.bincount(codes(rows.groups), weights=values.reshape(len(rows), self.n_samples).mean(1))
 
     def compare(self, measured: Mapping[str, Measurement], case: Case) -> Mapping[str, Measurement]:
-        """Put each model between gold's floor and the original's ceiling."""
-        keys = {id(gold): i for i, gold in enumerate(case.golds)}
-        nats = {
-            role: {keys[key]: values for key, values in one.payload["forget"][0].items() if key in keys}
-            for role, one in measured.items()
-            if one.payload
-        }
-        if "original" not in nats:
-            return {}
-        shares = {}
-        for role in nats:
-            own = int(role.removeprefix("gold ")) - 1 if role.startswith("gold ") else None
-            shares[role] = self._share(nats, role, own, case)
-        return shares
+        """Give each model's distances, and put it between gold's floor and the original's ceiling."""
+        far: dict[str, dict[str, _Far]] = {role: one.payload for role, one in measured.items() if one.payload}
+        found = {}
+        for role in far:
+            _known(role, far[role], case)
+            golds = [name for name in case.gold_names if name != _name(role, case)]
+            numbers, missing = [n for name, one in far[role].items() for n in _distances(name, one, golds)], ()
+            if "original" in far:
+                share, missing = self._share({r: one["forget"] for r, one in far.items()}, role, golds, case)
+                numbers += share
+            found[role] = Measurement(tuple(numbers), missing=missing)
+        return found
 
     def _share(
-        self, nats: Mapping[str, Mapping[int, np.ndarray]], role: str, own: int | None, case: Case
-    ) -> Measurement:
-        golds = [i for i in nats["original"] if i != own]
-        pairs = [nats[f"gold {i + 1}"][j] for i, j in combinations(golds, 2) if f"gold {i + 1}" in nats]
+        self, far: Mapping[str, _Far], role: str, golds: Sequence[str], case: Case
+    ) -> tuple[list[Number], tuple[str, ...]]:
+        """The share, or why there is none."""
+        own = {_name(other, case): one.nats for other, one in far.items() if other.startswith("gold ")}
+        pairs = [own[a][b] for a, b in combinations(golds, 2) if a in own]
         if not pairs:
-            return Measurement(
-                missing=(f"distance as a share: {role} needs two other golds, whose distance is the floor",)
-            )
-        sums = [np.mean([nats[which][i] for i in golds], axis=0) for which in (role, "original")]
+            return [], (f"distance as a share: {role} needs two other golds, whose distance is the floor",)
+        sums = [np.mean([far[which].nats[gold] for gold in golds], axis=0) for which in (role, "original")]
         try:
             found = share_of_distance(sums[0], np.mean(pairs, axis=0), sums[1], case.n_boot, case.seed, case.people)
         except AuditError as error:
-            return Measurement(missing=(f"distance as a share: {error}",))
-        return Measurement((Number("forget", "distance_share", found),))
+            return [], (f"distance as a share: {error}",)
+        return [Number("forget", "distance_share", found)], ()
+
+
+def _name(role: str, case: Case) -> str | None:
+    """What the case calls the gold of a role such as "gold 1"; None for other roles."""
+    return case.gold_names[int(role.removeprefix("gold ")) - 1] if role.startswith("gold ") else None
+
+
+def _known(role: str, far: Mapping[str, _Far], case: Case) -> None:
+    lacking = {name for name in case.gold_names if name != _name(role, case)} - set(far["forget"].nats)
+    if lacking:
+        raise AuditError(f"{role} was measured against golds of other names than the case has: no {min(lacking)!r}")
+
+
+def _distances(name: str, far: _Far, golds: Sequence[str]) -> tuple[Number, ...]:
+    """One set's mean distances to some golds, a token and an answer; none where there is no such gold."""
+    if not golds:
+        return ()
+    nats, tokens = (np.mean([own[gold] for gold in golds], axis=0) for own in (far.nats, far.tokens))
+    return (
+        Number(name, "distance_to_gold", Ratio(nats, tokens)),
+        Number(name, "distance_to_gold_answer", Ratio(nats, far.count)),
+    )
 
 
 def share_of_distance(
@@ -412,74 +439,3 @@ def share_of_distance(
         return Estimate(value, n, n, how="none: " + ("one group" if n < 2 else "alike in every group"))
     ends = np.quantile(draws, [0.025, 0.975])
     return Estimate(value, n, n, float(ends[0]), float(ends[1]), f"95 %, bootstrap over {people}")
-
-
-def relearning_time_ratio(
-    curves: pd.DataFrame,
-    *,
-    model: str = "edited",
-    level: float | None = None,
-    alpha: float = 0.1,
-    metric: str = "recall",
-) -> pd.DataFrame:
-    """How many times as long as gold a model takes to relearn: 1 is like gold, far below 1 is suppressed, not removed.
-
-    The anamnesis index of Chundawat et al. (arXiv 2201.05629): steps until `level` is reached, over gold's (the median
-    of the golds). The level is `1 - alpha` times the original's at step 0 unless given. A model that never reaches it
-    in the steps taken is censored: the ratio is then a bound, never a number of its own.
-
-    Args:
-        curves: The table of the relearning part: columns model, lr, data, step and `metric`; a row a step.
-        model: Which model.
-        level: Level to reach, in units of `metric`.
-        alpha: Share of the original's level that may be lacking.
-        metric: Column of the level.
-
-    Returns:
-        A row for each learning rate and data: level, steps, gold_steps (NaN if never), ratio, and kind: "exact",
-        "at least" (the model never got there), "at most" (gold never did) or "none" (neither, or gold was there at
-        step 0), in which case the ratio is NaN.
-
-    Raises:
-        DataError: A column, the model, or gold is missing; no level is given and the original is missing.
-    """
-    needed = ["model", "lr", "data", "step", metric]
-    lacking = [name for name in needed if name not in curves.columns]
-    if lacking:
-        raise DataError(f"relearning curves need the columns {', '.join(needed)}; {', '.join(lacking)} missing")
-    names = curves["model"].astype(str)
-    if not (names == model).any() or not names.str.startswith("gold").any():
-        raise DataError(f"relearning curves of {model!r} and of gold are needed; there are {sorted(set(names))}")
-    if level is None:
-        start = curves[(names == "original") & (curves["step"] == 0)]
-        if start.empty:
-            raise DataError("the original's level at step 0 is not in the curves; give level")
-        level = (1 - alpha) * float(start[metric].mean())
-    rows = []
-    for (lr, data), part in curves.groupby(["lr", "data"], sort=True):
-        rows.append({"lr": lr, "data": data, "level": level, **_ratio(part, model, level, metric)})
-    return pd.DataFrame(rows)
-
-
-def _ratio(part: pd.DataFrame, model: str, level: float, metric: str) -> dict[str, Any]:
-    own = part[part["model"].astype(str) == model]
-    golds = part[part["model"].astype(str).str.startswith("gold")]
-    steps = _first(own, level, metric)
-    times = [_first(curve, level, metric) for _, curve in golds.groupby("model")]
-    gold = float(np.median(times)) if times else 0.0
-    last, last_gold = own["step"].max(), golds["step"].max()
-    ratio, kind = np.nan, "none"
-    if np.isfinite(steps) and np.isfinite(gold) and gold > 0:
-        ratio, kind = steps / gold, "exact"
-    elif np.isfinite(gold) and gold > 0 and len(own):
-        ratio, kind = float(last) / gold, "at least"
-    elif np.isfinite(steps) and gold > 0 and last_gold > 0:
-        ratio, kind = steps / float(last_gold), "at most"
-    shown = [value if np.isfinite(value) else np.nan for value in (steps, gold)]
-    return {"steps": shown[0], "gold_steps": shown[1], "ratio": ratio, "kind": kind}
-
-
-def _first(curve: pd.DataFrame, level: float, metric: str) -> float:
-    """First step at which the level is reached; infinite if it never is."""
-    reached = curve.loc[curve[metric] >= level - 1e-12, "step"]
-    return float(reached.min()) if len(reached) else np.inf

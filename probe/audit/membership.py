@@ -288,7 +288,7 @@ class Membership(Part):
         Metric("membership_tpr_at_1", "members found at 1 % false alarms, Min-k %", share=True, of="texts"),
         Metric("membership_tpr_at_10", "members found at 10 % false alarms, Min-k %", share=True, of="texts"),
     )
-    # no evidence: once an edit has damaged a model, its AUC says how the texts of the two sets differ, not what it knows
+    # no evidence: a damaged model's AUC says how the texts of the two sets differ, not what it knows
 
     def measure(self, subject: Subject) -> Measurement:
         """Score both sets; the table `membership` has every score's AUC and true positive rates."""

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 
 from probe.audit._case import Case
 from probe.audit._finetune import finetune
-from probe.audit._numbers import Metric, Number, Ratio, by_group
+from probe.audit._numbers import Estimate, Metric, Number, Ratio, by_group
 from probe.audit._worst import worst_case
 from probe.audit.part import Measurement, Part, Subject, scratch, spaced
 from probe.data import Questions
@@ -26,7 +26,7 @@ from probe.errors import AuditError, DataError, ProbeError
 from probe.models import Model
 from probe.scoring import AnswerTokens, answer_tokens, score_answers
 
-__all__ = ["FactSplit", "Relearning", "area_over_start", "split_facts"]
+__all__ = ["FactSplit", "Relearning", "area_over_start", "relearning_time_ratio", "split_facts"]
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,77 @@ def area_over_start(steps: Sequence[int], values: Float[np.ndarray, "step ..."])
     return area
 
 
+def relearning_time_ratio(
+    curves: pd.DataFrame,
+    *,
+    model: str = "edited",
+    level: float | None = None,
+    alpha: float = 0.1,
+    metric: str = "recall",
+) -> pd.DataFrame:
+    """How many times as long as gold a model takes to relearn: 1 is like gold, far below 1 is suppressed, not removed.
+
+    The anamnesis index of Chundawat et al. (arXiv 2201.05629): steps until `level` is reached, over gold's (the median
+    of the golds). The level is `1 - alpha` times the original's at step 0 unless given. A model that never reaches it
+    in the steps taken is censored: the ratio is then a bound, never a number of its own.
+
+    Args:
+        curves: The table of the relearning part: columns model, lr, data, step and `metric`; a row a step.
+        model: Which model.
+        level: Level to reach, in units of `metric`.
+        alpha: Share of the original's level that may be lacking.
+        metric: Column of the level.
+
+    Returns:
+        A row for each learning rate and data: level, steps, gold_steps (NaN if never), ratio, and kind: "exact",
+        "at least" (the model never got there), "at most" (gold never did) or "none" (neither, or gold was there at
+        step 0), in which case the ratio is NaN.
+
+    Raises:
+        DataError: A column, the model, or gold is missing; no level is given and the original is missing.
+    """
+    needed = ["model", "lr", "data", "step", metric]
+    lacking = [name for name in needed if name not in curves.columns]
+    if lacking:
+        raise DataError(f"relearning curves need the columns {', '.join(needed)}; {', '.join(lacking)} missing")
+    names = curves["model"].astype(str)
+    if not (names == model).any() or not names.str.startswith("gold").any():
+        raise DataError(f"relearning curves of {model!r} and of gold are needed; there are {sorted(set(names))}")
+    if level is None:
+        start = curves[(names == "original") & (curves["step"] == 0)]
+        if start.empty:
+            raise DataError("the original's level at step 0 is not in the curves; give level")
+        level = (1 - alpha) * float(start[metric].mean())
+    rows = []
+    for (lr, data), part in curves.groupby(["lr", "data"], sort=True):
+        rows.append({"lr": lr, "data": data, "level": level, **_ratio(part, model, level, metric)})
+    return pd.DataFrame(rows)
+
+
+def _ratio(part: pd.DataFrame, model: str, level: float, metric: str) -> dict[str, Any]:
+    own = part[part["model"].astype(str) == model]
+    golds = part[part["model"].astype(str).str.startswith("gold")]
+    steps = _first(own, level, metric)
+    times = [_first(curve, level, metric) for _, curve in golds.groupby("model")]
+    gold = float(np.median(times)) if times else 0.0
+    last, last_gold = own["step"].max(), golds["step"].max()
+    ratio, kind = np.nan, "none"
+    if np.isfinite(steps) and np.isfinite(gold) and gold > 0:
+        ratio, kind = steps / gold, "exact"
+    elif np.isfinite(gold) and gold > 0 and len(own):
+        ratio, kind = float(last) / gold, "at least"
+    elif np.isfinite(steps) and gold > 0 and last_gold > 0:
+        ratio, kind = steps / float(last_gold), "at most"
+    shown = [value if np.isfinite(value) else np.nan for value in (steps, gold)]
+    return {"steps": shown[0], "gold_steps": shown[1], "ratio": ratio, "kind": kind}
+
+
+def _first(curve: pd.DataFrame, level: float, metric: str) -> float:
+    """First step at which the level is reached; infinite if it never is."""
+    reached = curve.loc[curve[metric] >= level - 1e-12, "step"]
+    return float(reached.min()) if len(reached) else np.inf
+
+
 @dataclass(frozen=True)
 class Point:
     """What a model answered after some steps of one run: per test row."""
@@ -159,9 +230,14 @@ class Relearning(Part):
         relearn_probability: Largest mean probability.
         relearn_gain: Largest area of a run's recall above its start, averaged over the steps; 0 for a model that knows
             all from the start.
+        relearn_time_ratio: Steps until a model has 90 % of the original's recall, over gold's (a gold's over the other
+            golds'): `relearning_time_ratio` of the run on forget facts in which it is smallest. Where one side never
+            got there it is a bound, as its `how` says; where neither did, or gold was there from the start, there is
+            none. No evidence: it is of so few steps.
 
     The table `relearning` has a row per run and step: lr, data, step, recall, probability, and recall by whether some
-    other fact of that person was given away (`recall_acquainted`, `recall_other`).
+    other fact of that person was given away (`recall_acquainted`, `recall_other`). The table `relearning_time` has a
+    row per run: what `relearning_time_ratio` gives.
 
     Attributes:
         lrs: Learning rates. The published attacks take 1e-5 to 2e-5 on models of billions of parameters; the defaults
@@ -187,6 +263,7 @@ class Relearning(Part):
         Metric("relearn_recall", "recall after relearning, worst case", share=True),
         Metric("relearn_probability", "probability after relearning, worst case", share=True),
         Metric("relearn_gain", "recall gained by relearning, mean over steps"),
+        Metric("relearn_time_ratio", "steps to regain, edited over gold"),
     )
     kind: ClassVar[str] = "attack"
     evidence: ClassVar[tuple[tuple[str, str], ...]] = (("forget", "relearn_recall"), ("forget", "relearn_probability"))
@@ -229,6 +306,35 @@ class Relearning(Part):
         numbers = tuple(self._numbers(points, chosen.groups, case))
         curves = pd.DataFrame([_record(point, acquainted) for point in points])
         return Measurement(numbers, {"relearning": curves}, payload=curves, missing=tuple(missing))
+
+    def compare(self, measured: Mapping[str, Measurement], case: Case) -> Mapping[str, Measurement]:
+        """Hold the edited model's steps, and those of each gold, against the (other) golds'."""
+        curves = {role: one.payload for role, one in measured.items() if one.payload is not None}
+        found = {}
+        for role in curves:
+            golds = [other for other in curves if other.startswith("gold") and other != role]
+            if role != "original" and "original" in curves and golds:
+                chosen = {name: curves[name] for name in ("original", *golds)} | {"judged": curves[role]}
+                table = pd.concat([frame.assign(model=name) for name, frame in chosen.items()], ignore_index=True)
+                found[role] = self._time(relearning_time_ratio(table, model="judged"), case)
+        return found
+
+    def _time(self, times: pd.DataFrame, case: Case) -> Measurement:
+        """The smallest ratio over runs on forget facts, with its kind."""
+        runs = times[times["data"].str.startswith("forget") & times["ratio"].notna()]
+        reached = runs[runs["kind"] != "at least"]  # a run in which the model never got there is slower than it shows
+        runs = reached if len(reached) else runs
+        tables = {"relearning_time": times}
+        if runs.empty:
+            why = "neither the model nor gold regains 90 % of the original's recall, or gold has it from the start"
+            return Measurement(tables=tables, missing=(f"steps to regain over gold's: {why}",))
+        run = runs.loc[runs["ratio"].idxmin()]
+        never = {"at most": "gold never got there: the ratio is at most this", "at least": "never: at least this"}
+        how = f"none: one run ({run['data']}, lr {run['lr']:g})"
+        how += f"; {never[run['kind']]}" if run["kind"] in never else ""
+        rows = spaced(Questions(split_facts(case.sets["forget"], case.seed).test.rows), self.limit)
+        value = Estimate(float(run["ratio"]), len(rows), len(set(rows.groups)), how=how)
+        return Measurement((Number("forget", "relearn_time_ratio", value),), tables)
 
     def _arms(self, model: Model, case: Case, split: FactSplit, missing: list[str]) -> Mapping[str, list[AnswerTokens]]:
         """The rows of each kind of run, as tokens."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise, product
 from types import SimpleNamespace
 
@@ -180,21 +183,27 @@ def value(measurement, name, metric):
     return next(n.value.value for n in measurement.numbers if (n.set, n.metric) == (name, metric))
 
 
-def test_the_original_is_further_from_gold_than_gold_is(measured):
+@pytest.fixture(scope="module")
+def compared(measured):
     case, part, found = measured
+    return part.compare(found, case)
+
+
+def test_the_original_is_further_from_gold_than_gold_is(compared):
+    found = compared
     floor = [value(found[f"gold {i}"], "forget", "distance_to_gold") for i in (1, 2, 3)]
     assert value(found["original"], "forget", "distance_to_gold") > 2 * max(floor)
     assert value(found["original"], "retain", "distance_to_gold") < 0.5 * min(floor)
-    shares = {role: one.numbers[0].value for role, one in part.compare(found, case).items()}
-    assert shares["original"].value == 1
-    assert all(abs(shares[f"gold {i}"].value) < 0.4 for i in (1, 2, 3))
+    shares = {role: value(one, "forget", "distance_share") for role, one in compared.items()}
+    assert shares["original"] == 1
+    assert all(abs(shares[f"gold {i}"]) < 0.4 for i in (1, 2, 3))
 
 
-def test_the_part_is_the_function_on_the_same_questions(measured):
+def test_the_part_is_the_function_on_the_same_questions(measured, compared):
     from probe.audit.part import spaced
     from probe.scoring import answer_tokens
 
-    case, _, found = measured
+    case, found = measured[0], compared
     rows = spaced(case.sets["forget"], 20)
     prompts = [t.input_ids[: t.start] for t in answer_tokens(case.original, [(r.question, r.answer) for r in rows])]
     alone = [symmetric_kl(case.original, gold, prompts, 2, seed=case.seed).mean() for gold in case.golds]
@@ -203,20 +212,59 @@ def test_the_part_is_the_function_on_the_same_questions(measured):
 
 def test_an_edited_model_that_is_a_gold_is_as_gold_and_an_untouched_one_as_the_original(measured):
     case, part, found = measured
-    same = part.measure(subject(case, "edited", case.original))
-    assert value(same, "forget", "distance_to_gold") == value(found["original"], "forget", "distance_to_gold")
-    shares = part.compare({**found, "edited": same}, case)
-    assert shares["edited"].numbers[0].value.value == pytest.approx(1)
-    twin = part.measure(subject(case, "edited", case.golds[0]))  # its distance to itself is 0, to the others gold's
-    pairs = value(found["gold 1"], "forget", "distance_to_gold_answer")
-    assert value(twin, "forget", "distance_to_gold_answer") == pytest.approx(pairs * 2 / 3, rel=1e-5)
+    same = part.compare({**found, "edited": part.measure(subject(case, "edited", case.original))}, case)
+    assert value(same["edited"], "forget", "distance_to_gold") == value(same["original"], "forget", "distance_to_gold")
+    assert value(same["edited"], "forget", "distance_share") == pytest.approx(1)
+    # a gold's distance to itself is 0, to the others gold's
+    twin = part.compare({**found, "edited": part.measure(subject(case, "edited", case.golds[0]))}, case)
+    pairs = value(twin["gold 1"], "forget", "distance_to_gold_answer")
+    assert value(twin["edited"], "forget", "distance_to_gold_answer") == pytest.approx(pairs * 2 / 3, rel=1e-5)
+
+
+class OnDemand(Sequence):
+    """Golds of which each look makes a new object."""
+
+    def __init__(self, golds):
+        self.golds = golds
+
+    def __len__(self):
+        return len(self.golds)
+
+    def __getitem__(self, i):
+        return copy.copy(self.golds[i])
+
+
+def test_golds_that_load_on_demand_keep_their_share(measured, compared):
+    case, part, _ = measured
+    again = replace(case, golds=OnDemand(case.golds))
+    assert again.golds[0] is not again.golds[0]
+    found = {role: part.measure(subject(again, role)) for role in ("original", "gold 1", "gold 2", "gold 3")}
+    made = part.compare(found, again)
+    for role in made:
+        assert value(made[role], "forget", "distance_share") == value(compared[role], "forget", "distance_share")
+
+
+def test_a_gold_that_is_left_out_is_in_nobodys_numbers(measured):
+    case, part, found = measured
+    left = replace(case, golds=case.golds[1:], gold_names=case.gold_names[1:])
+    roles = {"edited": "gold 1", "original": "original", "gold 1": "gold 2", "gold 2": "gold 3"}
+    made = part.compare({role: found[name] for role, name in roles.items()}, left)
+    anew = {role: part.measure(subject(left, role)) for role in ("original", "gold 1", "gold 2")}
+    wanted = part.compare(anew, left)  # measured where the first gold never was
+    for role in wanted:
+        for metric in ("distance_to_gold", "distance_to_gold_answer"):
+            for name in ("forget", "retain"):
+                assert value(made[role], name, metric) == pytest.approx(value(wanted[role], name, metric))
+    assert value(made["edited"], "forget", "distance_share") == pytest.approx(
+        value(part.compare(found, case)["gold 1"], "forget", "distance_share")
+    )
+    renamed = replace(left, gold_names=("gold 8", "gold 9"))
+    with pytest.raises(AuditError, match="other names"):
+        part.compare({role: found[name] for role, name in roles.items()}, renamed)
 
 
 def test_what_one_gold_cannot_say_is_said():
-    from dataclasses import replace
-
-    case = small_case(2)
-    case = replace(case, golds=case.golds[:1])
+    case = replace(small_case(2), golds=small_case(2).golds[:1], gold_names=())
     part = Distance(limit=4, n_samples=1)
     found = {role: part.measure(subject(case, role)) for role in ("original", "gold 1")}
     assert "needs another gold" in found["gold 1"].missing[0]

@@ -6,6 +6,7 @@ import copy
 from functools import cache
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.integrate import trapezoid
@@ -16,7 +17,7 @@ from probe.audit._case import Case
 from probe.audit._finetune import finetune
 from probe.audit._numbers import Ratio, by_group
 from probe.audit._worst import worst_case
-from probe.audit.part import Subject, scratch
+from probe.audit.part import Measurement, Subject, scratch
 from probe.audit.relearning import Relearning, area_over_start, split_facts
 from probe.data import Questions
 from probe.errors import AuditError, DataError, ProbeError
@@ -255,7 +256,58 @@ def test_a_run_is_finetuning_and_scoring_and_leaves_no_trace():
         assert row.recall == scores.exact.mean()
     numbers = {number.metric: number.value for number in found.numbers}
     assert numbers["relearn_probability"].value == pytest.approx(table.probability.max())
-    assert set(numbers) == {metric.name for metric in Relearning.metrics} and found.payload is table
+    later = {"relearn_time_ratio"}  # of several models
+    assert set(numbers) | later == {metric.name for metric in Relearning.metrics} and found.payload is table
+
+
+def curve(*recalls, data="forget 100%") -> Measurement:
+    rows = [{"lr": 1e-3, "data": data, "step": 5 * i, "recall": value} for i, value in enumerate(recalls)]
+    return Measurement(payload=pd.DataFrame(rows))
+
+
+def both(first, second) -> Measurement:
+    return Measurement(payload=pd.concat([first.payload, second.payload], ignore_index=True))
+
+
+def test_steps_to_regain_over_golds_by_hand():
+    """At 90 % of the original's recall of 1: the edited model after 5 steps, the golds after 10, 20 and 20."""
+    case = tiny_case(tiny("llama"))
+    golds = [curve(0, 0, 0.9, 1, 1), curve(0, 0, 0, 0, 1), curve(0, 0, 0, 0.5, 0.95)]
+    measured = {"original": curve(1, 1, 1, 1, 1), "edited": curve(0, 1, 1, 1, 1)}
+    measured |= {f"gold {i + 1}": one for i, one in enumerate(golds)}
+    made = QUICK.compare(measured, case)
+    values = {role: one.numbers[0].value for role, one in made.items()}
+    assert {role: one.value for role, one in values.items()} == pytest.approx(
+        {"edited": 5 / 20, "gold 1": 10 / 20, "gold 2": 20 / 15, "gold 3": 20 / 15}
+    )
+    assert made["edited"].numbers[0].metric == "relearn_time_ratio" and not made["edited"].missing
+    assert values["edited"].how == "none: one run (forget 100%, lr 0.001)" and np.isnan(values["edited"].low)
+    assert values["edited"].n == len(split_facts(case.sets["forget"], case.seed).test)
+    assert list(made["edited"].tables["relearning_time"]["kind"]) == ["exact"]
+
+
+def test_steps_to_regain_are_a_bound_or_nothing_where_nobody_gets_there():
+    case, original = tiny_case(tiny("llama")), curve(1, 1, 1)
+    soon, never = curve(0, 1, 1), curve(0, 0, 0)
+    hidden = QUICK.compare({"original": original, "edited": soon, "gold 1": never}, case)["edited"]
+    assert hidden.numbers[0].value.value == 0.5 and "at most this" in hidden.numbers[0].value.how
+    gone = QUICK.compare({"original": original, "edited": never, "gold 1": soon}, case)["edited"]
+    assert gone.numbers[0].value.value == 2 and "at least this" in gone.numbers[0].value.how
+    none = QUICK.compare({"original": original, "edited": never, "gold 1": never, "gold 2": never}, case)
+    assert all(not one.numbers and "neither the model nor gold" in one.missing[0] for one in none.values())
+    assert set(none) == {"edited", "gold 1", "gold 2"}
+    assert QUICK.compare({"original": original, "edited": soon}, case) == {}
+
+
+def test_steps_to_regain_are_of_the_fastest_run_on_forget_facts():
+    case = tiny_case(tiny("llama"))
+    slow, retain = curve(0, 0, 1, data="forget 25%"), curve(1, 1, 1, data="retain")
+    measured = {"original": both(both(curve(1, 1, 1), curve(1, 1, 1, data="forget 25%")), retain)}
+    measured["edited"] = both(both(curve(0, 1, 1), slow), retain)
+    measured["gold 1"] = both(both(curve(0, 0, 1), slow), curve(0, 0, 1, data="retain"))
+    made = QUICK.compare(measured, case)["edited"]
+    assert made.numbers[0].value.value == 0.5 and "forget 100%" in made.numbers[0].value.how
+    assert len(made.tables["relearning_time"]) == 3
 
 
 def test_weights_come_back_after_an_exception(monkeypatch):
