@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -98,13 +99,13 @@ class Filter(ABC):
             raise EditError(f"{path} is no readable record of a filter: {error}.") from error
         if not isinstance(record, dict) or record.get("format") != "probe.filter":
             raise EditError(f'{path} is not the record of a filter: "format" must be "probe.filter".')
-        if record.get("format_version") != VERSION or record.get("method") not in _KINDS:
+        if record.get("format_version") != VERSION or record.get("method") not in list(_KINDS):
             found = f"version {record.get('format_version')!r}, method {record.get('method')!r}"
             raise EditError(f"{path} is of {found}; this library reads version {VERSION} of {', '.join(_KINDS)}.")
         try:
             made: Filter = _KINDS[record["method"]](**record["settings"])
-        except (KeyError, TypeError) as error:
-            raise EditError(f"{path} is malformed: {error}.") from error
+        except (KeyError, TypeError, EditError) as error:
+            raise EditError(f"{path} is no sound record of a filter: {error}.") from error
         return made
 
 
@@ -127,15 +128,18 @@ class RefuseWhen(Filter):
     def __post_init__(self) -> None:
         given: Any = self.triggers
         plain = isinstance(given, str) or not isinstance(given, Sequence)
-        kept = () if plain else tuple(t if isinstance(t, str) else tuple(map(int, t)) for t in given)
+        kept = () if plain else tuple(one if isinstance(one, str) else _ids(one) for one in given)
         if not kept or not all(one.strip() if isinstance(one, str) else one for one in kept):
             raise EditError(
                 f"triggers must be texts or token ids, at least one, none empty; received {self.triggers!r}"
             )
-        if not self.answer:
-            raise EditError("answer must have at least one token; received none")
+        answer = _ids(self.answer)
+        if not answer:
+            raise EditError(f"answer must be token ids, at least one; received {self.answer!r}")
+        if self.end is not None and not _ids([self.end]):
+            raise EditError(f"end must be a token id, or None; received {self.end!r}")
         object.__setattr__(self, "triggers", kept)
-        object.__setattr__(self, "answer", tuple(map(int, self.answer)))
+        object.__setattr__(self, "answer", answer)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -186,10 +190,22 @@ class RefuseWhen(Filter):
                 found += [end - 1 for end in ends if tuple(ids[end - len(one) : end]) == one][:1]
         return min(found)
 
+    def _check_vocabulary(self, hf: Any) -> None:
+        """Refuse token ids that the model does not have."""
+        size = int(hf.config.get_text_config().vocab_size)
+        ids = [*self.answer, *([] if self.end is None else [self.end])]
+        ids += [i for one in self.triggers if not isinstance(one, str) for i in one]
+        beyond = sorted({i for i in ids if i >= size})
+        if beyond:
+            raise EditError(
+                f"the model has the token ids 0 to {size - 1}; the filter has {beyond}: it is of another one"
+            )
+
     def _add(self, model: Any, hf: Any) -> list[Any]:
         tokenizer = getattr(model, "tokenizer", None)
         if tokenizer is None and any(isinstance(one, str) for one in self.triggers):
             raise EditError("triggers that are texts need a tokenizer: give a probe Model, or triggers of token ids")
+        self._check_vocabulary(hf)
         run = _Run(self, tokenizer)
         return [
             hf.register_forward_pre_hook(run.before, with_kwargs=True),
@@ -224,6 +240,14 @@ def refuse_when(model: Any, triggers: Sequence[Trigger], answer: str = "I do not
 _KINDS: dict[str, type[Any]] = {RefuseWhen.method: RefuseWhen}
 
 
+def _ids(given: Any) -> tuple[int, ...]:
+    """Token ids; none where what is given is no sequence of whole numbers from 0."""
+    if isinstance(given, str | bytes) or not isinstance(given, Sequence):
+        return ()
+    sound = all(hasattr(one, "__index__") and not isinstance(one, bool) and one >= 0 for one in given)
+    return tuple(operator.index(one) for one in given) if sound else ()
+
+
 def _first_with(text: str, ids: list[int], tokenizer: Any) -> int:
     """Index of the token with which the decoded text first contains `text`; it is known to do so at the end."""
     low, high = 0, len(ids) - 1
@@ -243,6 +267,7 @@ class _Run:
     history: Int[Tensor, "batch pos"] | None = None
     forced: Int[Tensor, "batch pos"] | None = None
     keep: Any = 0
+    labels: Any = None
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Work out what each position must say, before the forward changes the cache."""
@@ -250,6 +275,7 @@ class _Run:
         given = {**given.pop("kwargs", {}), **given}
         new = _tokens(given.get("input_ids"), given.get("inputs_embeds"))
         cache, self.keep = given.get("past_key_values"), given.get("logits_to_keep", 0)
+        self.labels = given.get("labels")
         past = int(cache.get_seq_length()) if cache is not None else 0
         if past and (self.history is None or self.history.shape != (len(new), past)):
             raise EditError("the filter has not seen the tokens of this cache: give it whole sequences")
@@ -260,16 +286,21 @@ class _Run:
             cache.reorder_cache = _no_beams
 
     def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Replace the logits of the positions that must say something."""
+        """Replace the logits of the positions that must say something, and the loss that was made from them."""
         if self.forced is None or not (self.forced >= 0).any():
             return None
-        logits = output.logits  # [batch, kept, d_vocab]
+        plain, place = isinstance(output, tuple), int(self.labels is not None)  # with labels the loss comes first
+        logits = output[place] if plain else output.logits  # [batch, kept, d_vocab]
         keep = self.keep
         wanted = self.forced[:, keep] if isinstance(keep, Tensor) else self.forced[:, -keep:] if keep else self.forced
-        output.logits = force(logits, wanted.to(logits.device))
-        if getattr(output, "loss", None) is not None:
-            vocabulary = logits.shape[-1]
-            output.loss = module.loss_function(output.logits, labels=kwargs["labels"], vocab_size=vocabulary)
+        fixed, loss = force(logits, wanted.to(logits.device)), []
+        if self.labels is not None:
+            loss = [module.loss_function(fixed, labels=self.labels, vocab_size=logits.shape[-1])]
+        if plain:
+            return (*loss, fixed, *output[place + 1 :])
+        output.logits = fixed
+        if loss:
+            output.loss = loss[0]
         return output
 
 

@@ -206,8 +206,45 @@ def test_records_are_read_back_and_wrong_ones_refused(tmp_path):
         (tmp_path / "filter.json").write_text(json.dumps(wrong))
         with pytest.raises(EditError, match="filter"):
             Filter.load(tmp_path)
+    wrong_settings = [
+        {**record["settings"], key: value}
+        for key, value in (
+            ("triggers", [["a"]]), ("triggers", [7]), ("triggers", [[1.5]]), ("triggers", [[float("inf")]]),
+            ("triggers", None), ("answer", "text"), ("answer", 5), ("answer", [-1]), ("answer", [None]),
+            ("end", "x"), ("end", -1), ("end", [2]),
+        )
+    ]  # fmt: skip
+    for settings in [*wrong_settings, [], "text", None, 3]:
+        (tmp_path / "filter.json").write_text(json.dumps({**record, "settings": settings}))
+        with pytest.raises(EditError, match="no sound record"):
+            Filter.load(tmp_path)
+    (tmp_path / "filter.json").write_text(json.dumps({**record, "method": ["refuse_when"]}))
+    with pytest.raises(EditError, match="method"):
+        Filter.load(tmp_path)
     with pytest.raises(EditError, match="no readable record"):
         Filter.load(tmp_path / "nowhere")
+
+
+def test_plain_tuples_are_filtered_as_outputs_with_names_are(model):
+    batch = model.tokens([TRIGGER, PLAIN], padding_side="right")
+    labels = batch["input_ids"]
+    with torch.no_grad(), refusing(model).applied(model):
+        named, alone = model.hf(**batch, labels=labels), model.hf(**batch)
+        both, plain = model.hf(**batch, labels=labels, return_dict=False), model.hf(**batch, return_dict=False)
+    assert isinstance(both, tuple) and isinstance(plain, tuple)
+    assert torch.equal(both[0], named.loss) and torch.equal(both[1], named.logits)
+    assert torch.equal(plain[0], alone.logits) and (plain[0] == -100).any()
+
+
+def test_token_ids_of_another_vocabulary_are_refused():
+    model = tiny("llama")
+    size = model.hf.config.vocab_size
+    for made in (((7,),), (size,), None), (((7,),), (1,), size), (((size,),), (1,), None):
+        with pytest.raises(EditError, match="token ids 0 to"), RefuseWhen(*made).applied(model):
+            pass
+    for made in (((7,),), (-1,), None), (((7,),), (1,), -1), (((-7,),), (1,), None):
+        with pytest.raises(EditError, match="token id"):
+            RefuseWhen(*made)
 
 
 def test_export_refuses_a_filter(tmp_path):
