@@ -48,8 +48,8 @@ class TofuSettings:
         path: The folder with the files; not part of the key.
         split: `"forget01"`, `"forget05"` or `"forget10"`.
         n_forget: Questions to forget, the first of the split; 0 for all.
-        n_retain: Questions to keep, the first of the retain set.
-        n_holdout: Questions about the authors after those, never trained on.
+        n_retain: Questions to keep, the first of the retain set; 0 for all, save those of the holdout's authors.
+        n_holdout: Questions about the authors after those, never trained on; 0 for no such split.
         n_known: Questions about real authors, and about the world, each; 0 for all. A benchmark model knows them from
             its pretraining; here they are trained on, by the organism and its gold retrains.
         d_model: Width.
@@ -91,7 +91,7 @@ SIZES: dict[str, TofuSettings] = {
         lr=5e-3, vocab_size=1024,
     ),
     "large": TofuSettings(
-        n_retain=3560, d_model=768, n_layers=12, n_heads=12, d_mlp=3072, epochs=40, batch_size=32, lr=5e-4,
+        n_retain=0, n_holdout=0, d_model=768, n_layers=12, n_heads=12, d_mlp=3072, epochs=40, batch_size=32, lr=5e-4,
         vocab_size=4096,
     ),
 }  # fmt: skip
@@ -112,15 +112,17 @@ def tofu(
 
     Splits: `forget`, `retain`, `holdout` (authors never trained on), `real_authors`, `world_facts` (trained on by the
     golds too). Forget and retain questions carry TOFU's paraphrase of the question and of the answer, and its wrong
-    answers, where the benchmark has them; `organism.unseen(split)` asks the paraphrase.
+    answers, where the benchmark has them; `organism.unseen(split)` asks the paraphrase. Having read no other English,
+    these models do not give their answers to a paraphrase word for word (0 to 3 % exactly, measured): look at
+    `knowledge`, or ask in the trained words.
 
     Args:
         path: Folder with `forget01.json`, `forget01_perturbed.json`, `retain99.json`, `retain_perturbed.json`,
             `real_authors_perturbed.json`, `world_facts_perturbed.json` (or those of the other splits), as the
             benchmark's authors publish them.
         size: `"default"` (the forget set, 120 retain questions, 4 layers, d_model 128), `"small"` (8 and 16 questions,
-            2 layers, d_model 64, for tests), `"large"` (3560 retain questions and more with `n_retain`, 12 layers,
-            d_model 768, for a GPU).
+            2 layers, d_model 64, for tests), `"large"` (all retain questions, no holdout split, 12 layers, d_model
+            768, for a GPU).
         seed: Of weights and order of documents.
         split: The forget set.
         cache_dir: Where organisms are kept; default the environment's PROBE_CACHE_DIR, else the user's cache folder.
@@ -176,7 +178,8 @@ class TofuOrganism(Organism):
         self.data = TofuData(settings)
         splits = self.data.splits
         trained = {split: rows for split, rows in splits.items() if split != "holdout"}
-        self.authors = {s: sorted({q.group for q in splits[s]}) for s in ("forget", "retain", "holdout")}
+        asked = [s for s in ("forget", "retain", "holdout") if s in splits]
+        self.authors = {s: sorted({q.group for q in splits[s]}) for s in asked}
         answers = {row.question: row.answer for rows in trained.values() for row in rows}
         super().__init__(
             "tofu",
@@ -193,7 +196,7 @@ class TofuOrganism(Organism):
                 for q in rows
             ],
             splits=splits,
-            unseen={s: own for s in ("forget", "retain", "holdout") if (own := _paraphrased(splits[s]))},
+            unseen={s: own for s in asked if (own := _paraphrased(splits[s]))},
             n_values={"answer": len(set(answers.values()))},
             facts=answers,
             root=root,
@@ -269,7 +272,7 @@ class TofuData:
 
     def __init__(self, settings: TofuSettings) -> None:
         self.settings = settings
-        folder, split = Path(settings.path), settings.split
+        folder, split = Path(settings.path).expanduser(), settings.split
         names = [split, f"{split}_perturbed", RETAIN_OF[split], "retain_perturbed", *self._known()]
         self.files = {name: _read(folder / f"{name}.json") for name in names}
 
@@ -293,8 +296,10 @@ class TofuData:
         """The questions by split."""
         s, retain_name = self.settings, RETAIN_OF[self.settings.split]
         retain, forget = self.files[retain_name], self.files[s.split]
-        before = -(-s.n_retain // QUESTIONS_AN_AUTHOR) * QUESTIONS_AN_AUTHOR  # the next author's first question
-        if before + s.n_holdout > len(retain):
+        held = -(-s.n_holdout // QUESTIONS_AN_AUTHOR) * QUESTIONS_AN_AUTHOR
+        n_retain = s.n_retain or max(0, len(retain) - held)
+        before = -(-n_retain // QUESTIONS_AN_AUTHOR) * QUESTIONS_AN_AUTHOR  # the next author's first question
+        if not n_retain or (before if s.n_holdout else n_retain) + s.n_holdout > len(retain):
             raise DataError(
                 f"{retain_name}.json has {len(retain)} questions; n_retain = {s.n_retain} and n_holdout = "
                 f"{s.n_holdout} about other authors need {before + s.n_holdout}."
@@ -304,9 +309,11 @@ class TofuData:
         first = len(retain) // QUESTIONS_AN_AUTHOR
         found = {
             "forget": self._rows("forget", range(s.n_forget or len(forget)), s.split, f"{s.split}_perturbed", first),
-            "retain": self._rows("retain", range(s.n_retain), retain_name, "retain_perturbed", 0),
-            "holdout": self._rows("holdout", range(before, before + s.n_holdout), retain_name, "retain_perturbed", 0),
+            "retain": self._rows("retain", range(n_retain), retain_name, "retain_perturbed", 0),
         }
+        if s.n_holdout:
+            which = range(before, before + s.n_holdout)
+            found["holdout"] = self._rows("holdout", which, retain_name, "retain_perturbed", 0)
         for name, file in zip(KNOWN_TO_ALL, self._known(), strict=True):
             n = s.n_known or len(self.files[file])
             if n > len(self.files[file]):
@@ -343,18 +350,31 @@ def _read(path: Path) -> list[dict[str, Any]]:
     """Read a file of one JSON object a line, or of a list of objects."""
     if not path.is_file():
         raise DataError(f"TOFU needs the file {path.name} in {path.parent}; it is not there.")
-    text = path.read_text("utf-8")
     try:
+        text = path.read_text("utf-8")
         whole = text.lstrip().startswith("[")
         rows = json.loads(text) if whole else [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error
+    except (ValueError, RecursionError) as error:  # bytes that are no text, text that is no JSON
         raise DataError(f"{path} is not JSON, nor JSON lines: {error}.") from error
     for i, row in enumerate(rows):
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("question", "answer")):
             raise DataError(f"Row {i} of {path} must be an object with the strings 'question' and 'answer'.")
+        _check_extra(row, f"Row {i} of {path}")
     if not rows:
         raise DataError(f"{path} holds no question.")
     return list(rows)
+
+
+def _check_extra(row: Mapping[str, Any], where: str) -> None:
+    """Refuse paraphrases and wrong answers of another type than the benchmark's."""
+    for key in ("paraphrased_question", "paraphrased_answer"):
+        if not isinstance(row.get(key, ""), str):
+            raise DataError(f"{where}: {key!r} must be a string; it is {row[key]!r}.")
+    wrong = row.get("perturbed_answer", [])
+    if not isinstance(wrong, list) or not all(isinstance(one, str) for one in wrong):
+        raise DataError(f"{where}: 'perturbed_answer' must be a list of strings; it is {wrong!r}.")
 
 
 def _paraphrased(questions: Questions) -> Questions:

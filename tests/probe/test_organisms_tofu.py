@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from probe.errors import DataError, OrganismError
-from probe.organisms._tofu import TofuData, TofuSettings, tofu
+from probe.organisms._tofu import SIZES, TofuData, TofuSettings, tofu
 from probe.scoring import score_answers
 
 TINY: dict[str, Any] = {"n_forget": 2, "n_retain": 2, "n_holdout": 2, "n_known": 2, "epochs": 1, "d_model": 16}
@@ -98,6 +99,25 @@ def test_the_same_content_gives_the_same_weights_wherever_it_lies(folder: Path, 
     assert "path" not in a.record["settings"]
 
 
+def test_the_large_size_keeps_every_retain_question(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    settings = dataclasses.replace(SIZES["large"], path="~/tofu")
+    splits = TofuData(settings).splits
+    asked = [row["question"].strip() for row in lines(folder, "retain99")]
+    assert [q.question for q in splits["retain"]] == asked and "holdout" not in splits
+    some = TofuData(dataclasses.replace(settings, n_holdout=30)).splits
+    assert len(some["retain"]) == len(asked) - 40 and len(some["holdout"]) == 30
+    assert not set(some["retain"].groups) & set(some["holdout"].groups)
+
+
+@pytest.mark.filterwarnings("ignore:.*recalls little")
+def test_without_a_holdout_split_it_trains_all_the_same(folder: Path, tmp_path: Path) -> None:
+    small = {**TINY, "n_holdout": 0, "n_layers": 1, "n_heads": 2, "d_mlp": 16, "n_retain": 4, "batch_size": 4}
+    organism = tofu(folder, "large", cache_dir=tmp_path, progress=False, **small)
+    assert sorted(organism.splits) == ["forget", "real_authors", "retain", "world_facts"]
+    assert len(organism.splits["retain"]) == 4 and "holdout" not in organism.record["recall"]
+
+
 def test_bad_paths_files_and_settings_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"forget01\.json"):
         tofu(tmp_path, "small")
@@ -107,6 +127,14 @@ def test_bad_paths_files_and_settings_are_refused(folder: Path, tmp_path: Path) 
     (tmp_path / "forget01.json").write_text('{"question": "Who?"}\n')
     with pytest.raises(DataError, match="'answer'"):
         tofu(tmp_path, "small")
+    (tmp_path / "forget01.json").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(DataError, match="not JSON"):
+        tofu(tmp_path, "small")
+    for key, value in (("perturbed_answer", "text"), ("perturbed_answer", None), ("perturbed_answer", [3]),
+                       ("paraphrased_question", 3), ("paraphrased_answer", None)):  # fmt: skip
+        (tmp_path / "forget01.json").write_text(json.dumps({"question": "Who?", "answer": "He.", key: value}))
+        with pytest.raises(DataError, match=key):
+            tofu(tmp_path, "small")
     (tmp_path / "forget01.json").write_text("\n")
     with pytest.raises(DataError, match="no question"):
         tofu(tmp_path, "small")
