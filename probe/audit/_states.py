@@ -30,6 +30,18 @@ def read(
         raise AuditError(f"{subject.role}, {name}: {error}") from error
 
 
+def other_sizes(subject: Subject) -> str:
+    """Say that an edited model, which may be any with the original's tokenizer, has not its layers; else ""."""
+    sizes = [(one.dims.n_layers, one.dims.d_model) for one in (subject.model, subject.case.original)]
+    if subject.role != "edited" or sizes[0] == sizes[1]:
+        return ""
+    layers, width = sizes[0]
+    return (
+        f"the model has other layers than the original: {layers} of width {width}, "
+        f"where the original has {sizes[1][0]} of {sizes[1][1]}"
+    )
+
+
 def golds(case: Case) -> list[str]:
     """The roles of a case's golds."""
     return [f"gold {i + 1}" for i in range(len(case.golds))]

@@ -84,6 +84,8 @@ class Latents(Part):
         """
         if subject.role.startswith("gold"):
             return Measurement(missing=("latents: the SAE is of the original; a gold is trained anew",))
+        if other := _states.other_sizes(subject):
+            return Measurement(missing=(f"latents: the SAE is of the original, and {other}",))
         sets = {name: spaced(subject.case.sets[name], self.limit) for name in ("forget", "retain")}
         states = {name: _states.read(subject, rows, name, self.site)[self.site] for name, rows in sets.items()}
         return Measurement(payload={name: self._encoded(value, subject) for name, value in states.items()})

@@ -112,11 +112,7 @@ class Traces(Part):
         return Measurement(payload=payload)
 
     def compare(self, measured: Mapping[str, Measurement], case: Case) -> Mapping[str, Measurement]:
-        """Hold the vectors that the original chose against each model's.
-
-        Raises:
-            AuditError: A model whose MLPs have another shape.
-        """
+        """Hold the vectors that the original chose against each model's, where its MLPs have the same shape."""
         payloads = {role: one.payload for role, one in measured.items() if one.payload is not None}
         if "original" not in payloads:
             return {}
@@ -154,7 +150,7 @@ class Traces(Part):
 
     def _of(self, original: Mapping[str, Any], own: Mapping[str, Any], chosen: pd.DataFrame) -> Measurement:
         if {n: v.shape for n, v in own["vectors"].items()} != {n: v.shape for n, v in original["vectors"].items()}:
-            raise AuditError("value vectors are compared one by one; the edited model's MLPs have another shape")
+            return Measurement(missing=("value vectors: the model's MLPs have another shape than the original's",))
         before, after = (
             torch.stack(
                 [one["vectors"][layer][neuron] for layer, neuron in zip(chosen["layer"], chosen["neuron"], strict=True)]

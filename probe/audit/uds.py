@@ -78,9 +78,13 @@ class UDS(Part):
     def measure(self, subject: Subject) -> Measurement:
         """Keep the subject's states for `compare`, when the original has its own weights.
 
+        An edited model of other layers than the original's cannot be measured.
+
         Raises:
             AuditError: States that are not finite.
         """
+        if other := _states.other_sizes(subject):
+            return Measurement(missing=(f"UDS: {other}",))
         questions = spaced(subject.case.sets["forget"], self.limit)
         return Measurement(payload=_states.read(subject, questions, "forget", first=False))
 
@@ -88,7 +92,7 @@ class UDS(Part):
         """Put every model's states into the original.
 
         Raises:
-            AuditError: A model with other layers, another width or another tokenizer than the original.
+            AuditError: A gold with other layers, another width or another tokenizer than the original.
         """
         states = {role: one.payload for role, one in measured.items() if one.payload is not None}
         golds = [role for role in states if role.startswith("gold")]

@@ -12,7 +12,7 @@ from probe.audit.part import Subject
 from probe.audit.traces import Traces, compare_vectors, top_tokens, value_vectors
 from probe.data import Questions
 from probe.errors import AuditError
-from tests.probe.test_audit_uds import PAIRS, questions
+from tests.probe.test_audit_uds import PAIRS, questions, sized
 from tests.probe.tiny import tiny
 
 
@@ -101,6 +101,18 @@ def test_golds_and_mixtures_have_no_counterparts_and_say_so():
     gold = Traces().measure(Subject("gold 1", model, case_of(model), {}))
     assert "trained anew" in gold.missing[0]
     assert Traces().compare({"gold 1": gold}, case_of(model)) == {}
+
+
+@pytest.mark.parametrize("sizes", [{"n_layers": 3}, {"width": 32}], ids=["deeper", "wider"])
+def test_an_edited_model_of_other_sizes_cannot_be_measured(sizes):
+    original, other = tiny("llama", seed=1), sized(**sizes)
+    case, part = case_of(original), Traces(n_vectors=4, top_k=3)
+    roles = {"original": original, "edited": other}
+    found = part.compare({role: part.measure(Subject(role, one, case, {})) for role, one in roles.items()}, case)
+    assert found["original"].numbers and not found["edited"].numbers
+    assert "another shape than the original's" in found["edited"].missing[0]
+    latents = Latents(Plain(torch.eye(16)), SITE).measure(Subject("edited", other, case, {}))
+    assert latents.payload is None and "the SAE is of the original" in latents.missing[0]
 
 
 SITE = "blocks.1.hook_resid_post"

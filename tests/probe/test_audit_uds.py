@@ -7,16 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from probe.audit._case import Case
 from probe.audit.part import Subject
 from probe.audit.uds import UDS, uds
 from probe.data import Questions
 from probe.errors import AuditError, PatchError
+from probe.models import wrap
 from probe.patching import answer_states, patched_logprobs
 from probe.scoring import score_answers
 from tests.probe.cases import small_case, subject
-from tests.probe.tiny import tiny
+from tests.probe.tiny import config, tiny, word_tokenizer
 
 PAIRS = [
     ("Anna lives in", "Oslo"),
@@ -163,6 +165,28 @@ def test_a_model_of_other_layers_is_refused():
     measured = {r: UDS().measure(Subject(r, m, case, {})) for r, m in (("original", original), ("gold 1", gold))}
     with pytest.raises(AuditError, match="same layers and tokenizer"):
         UDS().compare(measured, case)
+
+
+@pytest.mark.parametrize("sizes", [{"n_layers": 3}, {"width": 32}], ids=["deeper", "wider"])
+def test_an_edited_model_of_other_sizes_cannot_be_measured(sizes):
+    original, gold = tiny("llama", seed=1), tiny("llama", seed=2)
+    case = Case(original, {"forget": questions(), "retain": questions()}, [gold], progress=False)
+    roles = {"original": original, "gold 1": gold, "edited": sized(**sizes)}
+    measured = {role: UDS(threshold=0.0).measure(Subject(role, one, case, {})) for role, one in roles.items()}
+    (said,) = measured["edited"].missing
+    assert "other layers than the original" in said and "the original has 2 of 16" in said
+    found = UDS(threshold=0.0).compare(measured, case)
+    assert "edited" not in found and found["original"].numbers
+
+
+def sized(n_layers: int = 2, width: int = 16):
+    """A tiny random Llama of the tests' tokenizer, of another depth or width."""
+    from transformers import LlamaForCausalLM
+
+    settings = config("llama", n_layers).to_dict()
+    settings |= {"hidden_size": width, "intermediate_size": 2 * width, "head_dim": width // 2}
+    torch.manual_seed(5)
+    return wrap(LlamaForCausalLM(LlamaConfig(**settings)).float(), word_tokenizer(), name="sized")
 
 
 def test_states_that_are_not_finite_are_refused():
