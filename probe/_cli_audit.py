@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 SETS = ("unseen", "unseen_retain", "neighbours", "deducible", "given", "given_holdout")
@@ -119,12 +120,15 @@ def add_organism(commands: Any, add: Callable[..., Any], overwrite: Callable[[An
         organism,
         "probe organism facts --size small --gold 5 --out organism/",
     )
-    made.add_argument("kind", help="facts, backdoor, experts, toxic, hallucination, skills, induction")
+    made.add_argument("kind", help="facts, backdoor, experts, toxic, hallucination, skills, induction, tofu")
+    made.add_argument("--path", type=Path, help="for tofu: the folder with the benchmark's files")
     made.add_argument("--size", default="default", help="small, default or large (default: default)")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--gold", type=int, default=0, help="how many gold retrains to train beside it")
     made.add_argument("--device", help="where to train (default: cpu)")
-    made.add_argument("--out", type=Path, help="directory for its questions, one jsonl a split")
+    made.add_argument(
+        "--out", type=Path, help="directory for its questions, one jsonl a set, as `probe audit` takes them"
+    )
     overwrite(made)
 
 
@@ -133,7 +137,10 @@ def organism(a: argparse.Namespace) -> int:
     from probe.cli import bars
     from probe.organisms._kinds import maker
 
-    made = maker(a.kind)[0](a.size, a.seed, device=a.device, progress=bars())
+    make, first = maker(a.kind)[0], _path_of(a)
+    if a.out is not None:
+        _make_folder(a.out)
+    made = make(*first, a.size, a.seed, device=a.device, progress=bars())
     if a.gold:
         made.gold.train(a.gold)
     print(made)
@@ -141,6 +148,36 @@ def organism(a: argparse.Namespace) -> int:
     for path in made.gold.trained if a.gold else []:
         print(f"gold: {path}")
     if a.out is not None:
-        for name, rows in made.splits.items():
+        for name, rows in _sets_of(made).items():
             print(f"questions: {rows.save(a.out / f'{name}.jsonl')}", file=sys.stdout)
     return 0
+
+
+def _path_of(a: argparse.Namespace) -> tuple[Path, ...]:
+    """The folder that TOFU is read from; no other kind has one."""
+    from probe.errors import OrganismError
+
+    if a.kind == "tofu" and a.path is None:
+        raise OrganismError("tofu needs --path, the folder with the benchmark's files.")
+    if a.kind != "tofu" and a.path is not None:
+        raise OrganismError(f"--path is for tofu; {a.kind} reads no files.")
+    return () if a.path is None else (a.path,)
+
+
+def _make_folder(path: Path) -> None:
+    """Make a directory that can be written to, before anything is trained."""
+    from probe.errors import OrganismError
+
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OrganismError(f"--out {path} cannot be written to: {error}.") from error
+
+
+def _sets_of(made: Any) -> dict[str, Any]:
+    """An organism's splits, and its questions as an audit takes them: what can be deduced is no part of `forget`."""
+    from probe.audit import Case
+
+    return {**made.splits, **Case.of(made, 0, progress=False).sets}
