@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from probe.audit.part import spaced
 from probe.data import Questions
 from probe.models import Model
 
 SPLITS = ("forget", "retain", "neighbours", "holdout", "real_authors", "world_facts")
 
+_OF_FORGET = ("forget", "unseen", "deducible", "given")
 _FAMILY = {
     "unseen": "forget",
     "deducible": "forget",
@@ -68,7 +70,7 @@ class Case:
         return given.get(name, name in self.sets)
 
     @classmethod
-    def of(cls, organism: Any, n_gold: int = 5, **settings: Any) -> Case:
+    def of(cls, organism: Any, n_gold: int = 5, limit: int | None = 800, **settings: Any) -> Case:
         """Return the case of an organism: its splits, its phrasings never trained on, its attacks, its golds.
 
         Facts of forget people that follow from retained ones are no part of `forget`: they are the set `deducible`.
@@ -76,6 +78,7 @@ class Case:
         Args:
             organism: A `probe.organisms.Organism` with the splits `forget` and `retain`.
             n_gold: Golds; those that are not trained yet are trained.
+            limit: At most so many questions of each set but those of forget people, evenly spaced; None for all.
             **settings: Any field of the case; `sets` replaces single sets.
         """
         replaced = settings.pop("sets", {})
@@ -89,7 +92,7 @@ class Case:
         sets |= {name: _secret(sets[name]) for name in ("forget", "unseen", "given") if name in sets}
         if len(deducible):
             sets["deducible"] = deducible
-        sets = _told_apart(sets)
+        sets = _told_apart(_limited(sets, limit))
         golds = organism.gold.train(n_gold)[:n_gold] if n_gold else ()
         return cls(organism.model, {**sets, **replaced}, golds, **settings)
 
@@ -103,6 +106,17 @@ def _unseen(organism: Any, sets: Mapping[str, Questions]) -> dict[str, Questions
             if len(rows) and set(rows.groups) <= set(sets[split].groups):
                 found[name] = rows
     return found
+
+
+def _limited(sets: Mapping[str, Questions], limit: int | None) -> dict[str, Questions]:
+    """At most so many questions of each set that is not of forget people; parts of retain are of the people in it."""
+    found = {name: rows if name in _OF_FORGET else spaced(rows, limit) for name, rows in sets.items()}
+    if "retain" in found:
+        kept = set(found["retain"].groups)
+        for name in ("unseen_retain", "neighbours"):
+            if name in sets:
+                found[name] = spaced(sets[name].select(lambda row: row.group in kept), limit)
+    return {name: rows for name, rows in found.items() if len(rows)}
 
 
 def _told_apart(sets: Mapping[str, Questions]) -> dict[str, Questions]:

@@ -271,3 +271,20 @@ def test_scratch_says_when_it_cannot():
     model = make_model(0)
     with pytest.raises(AuditError, match="added, removed or reshaped"), scratch(model):
         model.hf.register_parameter("extra", torch.nn.Parameter(torch.ones(1)))
+
+
+def test_a_case_of_an_organism_is_limited_and_its_sets_belong_together():
+    import probe.organisms
+
+    organism = probe.organisms.facts("small", 0, progress=False)
+    case = Case.of(organism, 0, limit=40, progress=False)
+    sizes = {name: len(rows) for name, rows in case.sets.items()}
+    assert sizes["retain"] == sizes["holdout"] == 40 and sizes["unseen_retain"] <= 40
+    whole = Case.of(organism, 0, limit=None, progress=False)
+    assert len(whole.sets["retain"]) == len(organism.splits["retain"])
+    assert sizes["forget"] == len(whole.sets["forget"])  # what is to go is asked for whole
+    assert set(case.sets["neighbours"].groups) <= set(case.sets["retain"].groups)
+    assert not any(row.meta["deducible"] for row in case.sets["forget"])
+    assert all(row.meta["deducible"] for row in case.sets["deducible"])
+    assert len(case.sets["forget"]) + len(case.sets["deducible"]) == len(organism.splits["forget"])
+    Bench(case, ())  # no set is refused
