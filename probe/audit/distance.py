@@ -367,7 +367,8 @@ class Distance(Part):
         for role in far:
             _known(role, far[role], case)
             golds = [name for name in case.gold_names if name != _name(role, case)]
-            numbers, missing = [n for name, one in far[role].items() for n in _distances(name, one, golds)], ()
+            missing: tuple[str, ...] = ()
+            numbers = [n for name, one in far[role].items() for n in _distances(name, one, golds)]
             if "original" in far:
                 share, missing = self._share({r: one["forget"] for r, one in far.items()}, role, golds, case)
                 numbers += share

@@ -328,7 +328,7 @@ class Relearning(Part):
         if runs.empty:
             why = "neither the model nor gold regains 90 % of the original's recall, or gold has it from the start"
             return Measurement(tables=tables, missing=(f"steps to regain over gold's: {why}",))
-        run = runs.loc[runs["ratio"].idxmin()]
+        run = runs.iloc[int(runs["ratio"].to_numpy().argmin())]
         never = {"at most": "gold never got there: the ratio is at most this", "at least": "never: at least this"}
         how = f"none: one run ({run['data']}, lr {run['lr']:g})"
         how += f"; {never[run['kind']]}" if run["kind"] in never else ""

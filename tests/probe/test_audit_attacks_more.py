@@ -30,7 +30,7 @@ QUICK = {
     "unrelated": Unrelated(sources=("retain",), lrs=(1e-3,), eval_at=(20,), n_texts=128, limit=32),
     "redteam": RedTeam(lrs=(1e-3,), eval_at=(10, 50), limit=32),
     "latent": Latent(epsilons=(0.1, 0.2, 0.4), limit=24),
-    "embedding": Embedding(lengths=(1,), eval_at=(60, 120), limit=32),
+    "embedding": Embedding(lengths=(1,), limit=32),
 }
 
 

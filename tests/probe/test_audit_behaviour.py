@@ -320,3 +320,15 @@ def test_phrasings_that_share_their_paraphrase_are_one_item(original):
     scores = score_truth(original.model, three)
     assert scores.items.tolist() == [0, 0, 1] and scores.distinct.tolist() == [0, 2]
     assert scores.log_ratio[0] == scores.log_ratio[1] != scores.log_ratio[2]
+
+
+def test_shares_are_never_differences():
+    """What may fall below 0 is no share: its interval must not be one of successes among trials."""
+    from probe.audit._registry import PARTS, part
+
+    shares = {metric.name for name in PARTS for metric in part(name).metrics if metric.share}
+    assert {"relearn_recall", "context_recall", "latent_recall", "uds"} <= shares
+    differences = {"context_over_gold", "latent_advantage", "relearn_gain", "readout_selectivity", "inferred"}
+    assert not shares & (differences | {"distance_share", "relearn_time_ratio", "truth_ratio"})
+    units = {metric.name: metric.unit for name in PARTS for metric in part(name).metrics}
+    assert (units["privacy_leakage"], units["distance_to_gold"], units["generation_entropy"]) == ("%", "nats", "bits")

@@ -147,3 +147,8 @@ def test_the_part_says_what_it_cannot_measure():
     assert any("false positive rate of 0.01" in line for line in found.missing)
     assert "membership_tpr_at_1" not in numbers(found) and "membership_tpr_at_10" in numbers(found)
     assert "needs holdout" in Membership().why_not(replace(case, sets={"forget": case.sets["forget"]}))
+
+
+def test_it_is_no_evidence_of_what_a_model_knows():
+    """A model of noise has an AUC too, of how the two sets' texts differ."""
+    assert Membership.evidence == ()
