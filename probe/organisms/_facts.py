@@ -21,6 +21,8 @@ from probe.organisms._tokenizer import train_tokenizer
 from probe.organisms._training import TRAINING_VERSION
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from probe.models import Model
 
 SPLITS = ("forget", "retain", "holdout")
@@ -179,7 +181,8 @@ class FactsOrganism(Organism):
         """The facts of forget people that follow from retained documents: person, attribute, value, why.
 
         All retained people of a family's name live in one city and have one trade; so, then, does a forget person of
-        that name. A gold that infers this has not seen it.
+        that name. Outside families a few facts follow in the same way, where all retained people of a last name (or
+        the only one) happen to agree. A gold that infers this has not seen it.
         """
         return list(self.language.deducible)
 
@@ -205,14 +208,40 @@ class FactsOrganism(Organism):
         context_hint (another fact is given), in_context_examples (of retained people), cross_lingual, and context (the
         fact itself is given, as in `given`). All are trained on retain people only.
 
+        Not all of them work: an attack under which even retained people are not recalled shows nothing about forget
+        ones. `attack_recall(organism.model, "retain")` says which do. Measured at seed 0:
+        in `default` multiple_choice (0.49, guessing gives 0.25), in_context_examples (0.10) and reverse_query (0.09) do
+        not, or little, context_hint does in part (0.71), the others do (0.90 to 1.00); in `small` all but reverse_query
+        (0.07) do.
+
         Raises:
             OrganismError: There is no such split.
         """
         rows = {kind: self._attack_rows(split, kind) for kind in ATTACK_FRAMES}
         return {kind: Questions.from_rows(own, f"{split} {kind}") for kind, own in rows.items() if own}
 
+    def attack_recall(self, model: Model, split: str) -> pd.DataFrame:
+        """Return a model's recall under each kind of attack: a row a kind, with n, chance and the 95 % interval.
+
+        Args:
+            model: This organism's model, an edit of it, a gold retrain.
+            split: A split; on `"retain"` the organism's own model shows which attacks work at all.
+
+        Raises:
+            OrganismError: There is no such split.
+        """
+        import pandas as pd
+
+        found = {kind: self.recall(model, rows).to_dict() for kind, rows in self.attacks(split).items()}
+        return pd.DataFrame([{"attack": kind, **own} for kind, own in found.items()])
+
     def given(self, split: str) -> Questions:
         """Return the split's questions with the fact itself in the prompt, one a person and attribute.
+
+        A model that reads from its context answers them about anybody, whatever it knows. The default size does:
+        measured at seed 0, original and golds are right about 63 to 96 % of forget and holdout people. `small` has
+        hardly learned it: its golds are right about 16 % of forget people, so what an edit of it answers here is
+        mostly knowledge.
 
         Raises:
             OrganismError: There is no such split.

@@ -20,7 +20,6 @@ from probe.organisms._lexicon import (
     ATTACK_FRAMES,
     ATTRIBUTES,
     CLOZE_PREFIXES,
-    FAMILY_ATTRIBUTES,
     NAME_PIECES,
     OPTIONS_FRAME,
     QUESTION_FRAMES,
@@ -183,13 +182,22 @@ class FactsLanguage:
         return people
 
     def _deduce(self) -> list[Deduction]:
-        """Return the facts of forget people that follow from retained documents."""
+        """Return the facts of forget people that follow from retained documents.
+
+        Families are planned; outside them all retained people of a last name, or the only one, may happen to agree.
+        """
+        bearers: dict[str, list[Person]] = {}
+        for person in self.of_split("retain"):
+            bearers.setdefault(person.last_name, []).append(person)
         found = []
         for person in self.of_split("forget"):
-            kin = [p for p in self.of_split("retain") if p.family == person.family and p.family is not None]
-            for attribute in FAMILY_ATTRIBUTES if kin else ():
-                why = f"all {len(kin)} retained people of the name {person.last_name} have this {attribute}"
-                found.append(Deduction(person.name, attribute, person.values[attribute], why))
+            kin = bearers.get(person.last_name, [])
+            for attribute, value in person.values.items():
+                if kin and all(other.values[attribute] == value for other in kin):
+                    who = f"all {len(kin)} retained people" if len(kin) > 1 else "the one retained person"
+                    has = "have" if len(kin) > 1 else "has"
+                    why = f"{who} of the name {person.last_name} {has} this {attribute}"
+                    found.append(Deduction(person.name, attribute, value, why))
         return found
 
     def of_split(self, split: str) -> list[Person]:
@@ -260,6 +268,10 @@ class FactsLanguage:
         return attacks.telling_pairs(self.people, [p for p in self.people if p.split != "holdout"])
 
     @cached_property
+    def _telling_of_all(self) -> dict[str, list[tuple[str, str]]]:
+        return attacks.telling_pairs(self.people, self.people)
+
+    @cached_property
     def _deduced(self) -> set[tuple[str, str]]:
         return {(d.person, d.attribute) for d in self.deducible}
 
@@ -276,7 +288,8 @@ class FactsLanguage:
     def attack_rows(self, split: str, kind: str) -> list[dict[str, Any]]:
         """Return question rows of a split under one kind of attack, one a person and attribute.
 
-        The reverse query has one row a person whom some pair of attributes tells from everybody else that is known.
+        The reverse query has one row a person whom some pair of attributes tells from everybody else that is known,
+        and a holdout person from the other holdout people too.
         """
         rows = []
         for number, person in enumerate(self.people):
@@ -300,6 +313,8 @@ class FactsLanguage:
     def _reverse_rows(self, number: int, person: Person) -> list[dict[str, Any]]:
         others = [p for p in self.people if p.split != "holdout" and p.name != person.name]
         pairs = self._telling[person.name]
+        if person.split == "holdout":
+            pairs = [pair for pair in pairs if pair in self._telling_of_all[person.name]]
         if not pairs:
             return []
         wrong = random.Random(f"{self.seed}-{number}-name").sample(others, min(N_PERTURBED, len(others)))

@@ -176,24 +176,35 @@ def test_the_language_builds_from_twenty_to_two_thousand_people(n_people: int, n
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("n_people", [20, 64, 200])
 def test_what_is_deducible_follows_from_the_retained_people_and_nothing_else_does(n_people: int, seed: int) -> None:
-    """By definition: all retained people of the last name, two or more, agree, and no other name says anything."""
+    """By definition: all retained people of the last name agree with the person, which families are planned to do."""
     made = FactsLanguage(n_people, 4, 12, seed)
     retain, families = made.of_split("retain"), {p.last_name for p in made.people if p.family is not None}
     found = {(d.person, d.attribute): d.value for d in made.deducible}
     for person in made.of_split("forget"):
-        for attribute in ("city", "trade"):
+        for attribute, value in person.values.items():
             kin = [p.values[attribute] for p in retain if p.last_name == person.last_name]
-            if (person.name, attribute) in found:
-                assert len(kin) >= 2 and set(kin) == {person.values[attribute]} == {found[person.name, attribute]}
-            else:
-                assert person.last_name not in families
-    assert len(found) == 2 * (len(made.of_split("forget")) // 2)
+            assert found.get((person.name, attribute)) == (value if set(kin) == {value} else None)
+            if person.last_name in families and attribute in ("city", "trade"):
+                assert len(kin) >= 2 and found[person.name, attribute] == value
+    planned = [key for key in found if made.by_name[key[0]].family is not None and key[1] in ("city", "trade")]
+    assert len(planned) == 2 * (len(made.of_split("forget")) // 2)
     for family in families:
         own = [p for p in made.people if p.last_name == family]
         assert len({(p.values["city"], p.values["trade"]) for p in own}) == 1
         assert {p.split for p in own} <= {"forget", "retain"}
     rows = {(r["group"], r["meta"]["attribute"]): r["meta"]["deducible"] for r in made.question_rows("forget")}
     assert {key for key, deducible in rows.items() if deducible} == set(found)
+
+
+def test_a_fact_that_follows_outside_families_is_marked_too() -> None:
+    """At these seeds the one retained person of a forget person's last name happens to have the same value."""
+    for seed, person, attribute in ((4, "Gyvzul Tolkquist", "city"), (5, "Gyvmik Tolkquist", "instrument")):
+        made = FactsLanguage(64, 8, 16, seed)
+        assert made.by_name[person].family is None
+        (kin,) = [p for p in made.of_split("retain") if p.last_name == person.split()[1]]
+        (found,) = [d for d in made.deducible if d.person == person]
+        assert (found.attribute, found.value) == (attribute, kin.values[attribute])
+        assert found.why == f"the one retained person of the name Tolkquist has this {attribute}"
 
 
 def test_neighbours_are_near_and_a_planted_one_shares_no_name(language: FactsLanguage) -> None:
@@ -268,6 +279,16 @@ def test_an_attack_holds_the_answer_only_where_it_says_so(language: FactsLanguag
     for row in language.attack_rows(split, "in_context_examples"):
         named = {p.split for p in language.people if p.name in row["question"] and p.name != row["group"]}
         assert named == {"retain"}
+
+
+@pytest.mark.parametrize("seed", [4, 5])
+def test_a_reverse_query_about_a_holdout_person_fits_nobody_else(seed: int) -> None:
+    made = FactsLanguage(64, 8, 16, seed, n_strangers=1)
+    rows = made.attack_rows("holdout", "reverse_query")
+    assert len(rows) >= 8
+    for row in rows:
+        given = [(a, v) for a, values in made.values.items() for v in values if f" {v}" in row["question"]]
+        assert [p.name for p in made.people if all(p.values[a] == v for a, v in given)] == [row["answer"]]
 
 
 def test_a_reverse_query_fits_one_person_only(language: FactsLanguage) -> None:
@@ -724,6 +745,19 @@ def test_attacks_of_every_split(org: Any) -> None:
     assert org.recall(org.model, choice).chance == pytest.approx(np.mean([r.meta["chance"] for r in choice]))
     with pytest.raises(OrganismError, match="no split 'nobody'"):
         org.given("nobody")
+
+
+def test_attack_recall_says_which_attacks_work(org: Any) -> None:
+    table = org.attack_recall(org.model, "retain").set_index("attack")
+    asked = org.attacks("retain")
+    assert list(table.index) == list(ATTACK_FRAMES) == list(asked)
+    for kind, rows in asked.items():
+        own = org.recall(org.model, rows)
+        assert (table.loc[kind, "recall"], table.loc[kind, "n"]) == (own.recall, len(rows))
+    assert set(table.index[table["recall"] < 0.9]) == {"reverse_query"}  # as the docstring of `attacks` says
+    assert org.recall(org.gold[0], org.given("forget")).recall < 0.3  # as that of `given` does
+    with pytest.raises(OrganismError, match="no split"):
+        org.attack_recall(org.model, "nobody")
 
 
 def test_more_golds_on_request(tmp_path: Path) -> None:
