@@ -33,9 +33,9 @@ class FactsSettings:
     """All that a facts organism is made from.
 
     Attributes:
-        n_people: People trained on.
+        n_people: People trained on, two an order or more (8 with four orders) to 4000.
         n_orders: Orders; the members of the first, n_people // n_orders of them, are the forget people.
-        n_holdout: People never trained on.
+        n_holdout: People never trained on, 2 to 4000.
         n_strangers: Documents an epoch, others in each, that give a fact about a stranger and ask for it: from them a
             model learns to read from its context.
         d_model: Width.

@@ -136,9 +136,10 @@ class FactsLanguage:
     """People, facts, phrasings and training documents of one facts organism.
 
     Args:
-        n_people: People that are trained on; the members of the first order among them are the forget people.
+        n_people: People that are trained on, 8 (two an order) to 4000; the members of the first order among them are
+            the forget people.
         n_orders: Orders, an even number from 4 to 16; people are spread evenly over them.
-        n_holdout: People that are never trained on.
+        n_holdout: People that are never trained on, 2 to 4000.
         seed: Chooses names and facts.
         epochs: Passes over the documents; attacks and strangers are others in each.
         n_strangers: Documents an epoch that give a fact about a stranger and ask for it.

@@ -131,3 +131,32 @@ def test_bad_settings_and_nan_models_are_refused(tmp_path: Path, org: Any) -> No
     with pytest.raises(OrganismError, match="not finite"):
         org.induction_score(broken)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:.*recalls little")
+def test_the_trained_model_is_among_the_checkpoints_of_a_gold(tmp_path: Path) -> None:
+    """A gold has fewer documents, so fewer steps than those at which the original's checkpoints are kept."""
+    organism = induction("small", cache_dir=tmp_path, progress=False, **{**TINY, "n_checkpoints": 4})
+    (path,) = organism.gold.train(1).trained[:1]
+    steps = sorted(int(p.name.removeprefix("step-")) for p in (path / "checkpoints").iterdir())
+    assert steps[0] == 0 and steps[-1] < organism.record["training"]["steps"]
+    assert load(str(path / "checkpoints" / f"step-{steps[-1]:06d}")).weights_hash == organism.gold[0].weights_hash
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_too_few_documents_are_refused(n: int, tmp_path: Path) -> None:
+    with pytest.raises(OrganismError, match="n_documents must be at least 3"):
+        induction("small", cache_dir=tmp_path, n_documents=n)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pairs_of_no_number_are_refused(org: Any) -> None:
+    for n in (-1, 0, 1.5):
+        with pytest.raises(OrganismError, match="pairs were asked for"):
+            org.pairs(n=n)
+
+
+@pytest.mark.filterwarnings("ignore:.*recalls little")
+def test_the_fewest_documents_train(tmp_path: Path) -> None:
+    organism = induction("small", cache_dir=tmp_path, progress=False, **{**TINY, "n_documents": 3})
+    assert len(organism.gold_documents) == 1
