@@ -244,6 +244,12 @@ class Bench:
         if not same or self.case.original is not other.case.original or self.case.seed != other.case.seed:
             raise AuditError("a bench can take over from one with the same original, sets, seed and parts only")
         known = {id(model): role for role, model in zip(other.golds, other.case.golds, strict=True)}
+        names = dict(zip(other.golds, other.case.gold_names, strict=True))
+        own = [
+            names.get(known.get(id(gold), ""), name)
+            for gold, name in zip(self.case.golds, self.case.gold_names, strict=True)
+        ]
+        self.case = replace(self.case, gold_names=tuple(own))
         for role, gold in zip(self.golds, self.case.golds, strict=True):
             if id(gold) in known and known[id(gold)] in other._known:
                 self._known[role] = other._known[known[id(gold)]]
