@@ -130,7 +130,8 @@ def _imported() -> tuple[Any, Any, Any]:
         evaluator, tasks, models = (import_module(name) for name in names)
     except ImportError as error:
         raise AuditError(
-            f"utility by tasks needs lm-evaluation-harness ({error}); install the extra: pip install 'probe-workbench[harness]'"
+            f"utility by tasks needs lm-evaluation-harness ({error}); install the extra: "
+            "pip install 'probe-workbench[harness]'"
         ) from error
     return evaluator.simple_evaluate, tasks.TaskManager, models.HFLM
 

@@ -112,7 +112,7 @@ def test_privacy_leakage_by_scikit_learn(measured, subjects, case):
 
 
 def test_the_sign_of_privacy_leakage_by_hand(case):
-    """A model that knows has low raw scores on forget: AUC 1/9 against gold's 5/9, so -80 %, as in MUSE's own tables."""
+    """A model that knows has low raw scores on forget: AUC 1/9 against gold's 5/9, so -80 %, as MUSE has it."""
     knows = {"forget": np.array([0.1, 0.2, 1.5]), "holdout": np.array([1.0, 2.0, 3.0])}
     gold = {"forget": np.array([0.5, 1.5, 3.5]), "holdout": np.array([1.0, 2.0, 1.2])}
     aucs = [roc_auc_score([1, 1, 1, 0, 0, 0], np.r_[one["forget"], one["holdout"]]) for one in (knows, gold)]
