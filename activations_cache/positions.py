@@ -204,7 +204,7 @@ def _resolve(entries: Sequence[Any], lengths: IntArray, first: int) -> tuple[npt
         held = list(chain.from_iterable(entries))
         inner = set(map(type, held))
         counts = np.fromiter(map(len, entries), np.int64, len(entries))
-        if inner == {bool}:
+        if inner == {bool} and counts.all():  # an empty list is no positions, not a mask of no tokens
             return _of_masks(np.array(held), counts, lengths, first)
         if inner <= {int}:
             return _checked(np.array(held, np.int64), counts, lengths, first)

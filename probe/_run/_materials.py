@@ -214,7 +214,9 @@ def _from_files(recipe: Mapping[str, Any], model: Model) -> Materials:
     from activations_cache import read_documents
 
     data = recipe["data"]
-    forget, retain = Questions.load(data["forget"]), Questions.load(data["retain"])
+    given = {name: Questions.load(data[name]) for name in ("forget", "retain")}
+    forget, retain = (_asked_once(rows) for rows in given.values())
+    repeated = sum(map(len, given.values())) - len(forget) - len(retain)
     parts = _parts_of(sorted({*forget.groups, *retain.groups}, key=_natural), recipe)
     labelled = Labelled.load(data["labelled"])
     positive = data.get("positive", True)
@@ -246,7 +248,14 @@ def _from_files(recipe: Mapping[str, Any], model: Model) -> Materials:
         split_by="group",
         noun="groups",
         holdout=Questions.load(data["holdout"]) if "holdout" in data else None,
+        notes=[f"{repeated} questions that the files repeat are asked once"] if repeated else [],
     )
+
+
+def _asked_once(questions: Questions) -> Questions:
+    """The rows without those that repeat an earlier one: they would count as observations of their own."""
+    first = {(row.question, row.answer): i for i, row in reversed(list(enumerate(questions)))}
+    return questions.take(sorted(first.values()))
 
 
 def _pairs_wanted(recipe: Mapping[str, Any]) -> int:

@@ -147,7 +147,8 @@ def test_the_audit_asks_what_the_organism_has_to_ask(walked):
     kinds = set(organism.attacks("forget")) - {"reverse_query"}  # that one asks for a name
     assert set(card.tables["prompts"]["kind"]) == kinds | {"plain"}
     assert card.verdict.label is None and card.verdict.n_golds == 1
-    assert set(card.verdict.evidence["part"]) >= {"answers", "quantisation", "uds", "prompts"}
+    assert set(card.verdict.evidence["part"]) >= {"answers", "quantisation", "uds"}
+    assert any("prompt attack" in one and "questions" in one for one in card.not_measured)  # five of a kind are too few
 
 
 def test_what_a_recipe_names_is_measured_and_nothing_else(walked, monkeypatch):
