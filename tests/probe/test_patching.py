@@ -354,7 +354,7 @@ def test_facts_are_read_at_the_name_early_and_at_the_end_late():
     """On a model trained to know people, the answer sits at the name first and at the last token in the end."""
     import probe
 
-    organism = probe.organisms.facts(size="small", progress=False)
+    organism = probe.organisms.facts(size="small", n_layers=4, progress=False)
     pairs = organism.pairs("forget", n=16, phrasing="*")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a pair or two that the model does not know
@@ -366,8 +366,8 @@ def test_facts_are_read_at_the_name_early_and_at_the_end_late():
     end = int(post.table.layer.max())
     np.testing.assert_allclose(early.loc[0, ["all changed", "last"]], [1, 0], atol=1e-3)
     np.testing.assert_allclose(late.loc[end, ["last", "all changed", "after", "before"]], [1, 0, 0, 0], atol=1e-3)
-    # in between it moves from the one to the other, and is never at both or at neither
-    assert early.loc[end, "all changed"] + early.loc[end, "last"] == pytest.approx(1, abs=0.25)
+    assert early.loc[end, "all changed"] < 0.7  # on the way the answer leaves the name
+    assert early.loc[end, "last"] > 0.3  # and comes to where it is read
     cells = post.table.set_index(["layer", "token"])
     assert cells.loc[(end, "last"), "low"] > cells.loc[(end, "last"), "twin_high"]  # a random change does not do it
     assert pre.settings["n_used"] >= 8
